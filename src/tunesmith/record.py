@@ -1,0 +1,75 @@
+"""What crosses a room's door: frozen records that can be written to JSON and read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunesmith.errors import DataError
+
+SCHEMA_VERSION = 1
+
+RecordT = TypeVar("RecordT", bound="Record")
+
+
+class Part(BaseModel):
+    """A frozen piece of a record.  Non-finite floats travel as the strings ``"NaN"`` and ``"Infinity"``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Record(Part):
+    """A frozen document with a schema version, the same in Python, in JSON, in the page and in the report."""
+
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The record as an indented JSON document (UTF-8 text, one final newline)."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record to ``path`` whole or not at all."""
+        target = Path(path)
+        beside = target.with_name(f".{target.name}.partial")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        beside.replace(target)
+        return target
+
+    @classmethod
+    def read(cls: type[RecordT], path: str | os.PathLike[str]) -> RecordT:
+        """Read a record that :meth:`write` wrote.
+
+        Raises:
+            DataError: the file is absent, is not JSON, or is not this kind of record.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"The {cls.__name__} record cannot be read.", where=path, found=error) from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(str(part) for part in problem["loc"]) or "document"
+            raise DataError(
+                f"This file is not a {cls.__name__} record.", where=path, found=f"{place}: {problem['msg']}"
+            ) from error
+
+
+Severity = Literal["ok", "info", "warning", "error"]
+Value = str | int | float | bool | None
+
+
+class Finding(Part):
+    """One observation, as a code and parameters; the prose is looked up where a person reads it.
+
+    Attributes:
+        code: the key of its text in every interface language.
+        severity: ``ok`` (checked and good), ``info``, ``warning`` or ``error``.
+        params: what the text names: figures, file names, module names.
+    """
+
+    code: str
+    severity: Severity
+    params: dict[str, Value] = {}
