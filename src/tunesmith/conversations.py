@@ -7,6 +7,7 @@ is compared and what is verified are the same token ids.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,27 @@ class Conversation(Part):
         return next((turn.content for turn in reversed(self.messages) if turn.role == "user"), "")
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
+_BUILT_IN = (
+    "Explain in two sentences why the sky is blue.",
+    "用两句话解释什么是微调。",
+    "Write a Python function that reverses a string.",
+    "Give three tips for a good night's sleep.",
+    "把下面的句子翻译成英文：今天天气很好，我们去公园吧。",
+    "What is 17 times 23? Show your steps.",
+    "Summarize: The cat sat on the mat and looked at the rain.",
+    "写一首关于秋天的四行小诗。",
+)
+
+
+def built_in_prompts() -> tuple[Conversation, ...]:
+    """Prompts in Chinese, English and code, for a run that keeps no held-out rows."""
+    return tuple(
+        Conversation(id=f"built-in-{number}", messages=(Message(role="user", content=text),))
+        for number, text in enumerate(_BUILT_IN)
+    )
+
+
+def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
     """Read every row of a file.
 
     Formats: ``.txt`` (one prompt a line), ``.json`` (a list) and ``.jsonl`` whose rows are Alpaca

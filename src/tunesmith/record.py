@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -72,4 +73,4 @@ class Finding(Part):
 
     code: str
     severity: Severity
-    params: dict[str, Value] = {}
+    params: Mapping[str, Value] = {}

@@ -1,1 +1,19 @@
-"""What an adapter means: its configuration and tensors as typed updates on base tensors, by name."""
+"""What an adapter means: its configuration and tensors as typed updates on base tensors, by name.
+
+All of PEFT's semantics (scaling, patterns, names) live here; what is not understood is refused, never skipped.
+"""
+
+from tunesmith.adapter.facts import delta_norm, describe
+from tunesmith.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
+from tunesmith.adapter.records import AdapterFacts, LowRank, ModuleFacts
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "Adapter",
+    "AdapterFacts",
+    "LowRank",
+    "ModuleFacts",
+    "delta_norm",
+    "describe",
+]

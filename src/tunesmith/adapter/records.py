@@ -5,6 +5,26 @@ from __future__ import annotations
 from tunesmith.record import Part, Record
 
 
+class LowRank(Part):
+    """One base tensor that the adapter changes: W' = W + scaling·B·A (LoRA, arXiv:2106.09685, section 4.1).
+
+    Attributes:
+        name: the base tensor's name.
+        module: the adapted module's name.
+        r: the rank.
+        scaling: what multiplies B·A.
+        lora_A: name of A in the adapter's file, shape (r, in).
+        lora_B: name of B, shape (out, r).
+    """
+
+    name: str
+    module: str
+    r: int
+    scaling: float
+    lora_A: str
+    lora_B: str
+
+
 class ModuleFacts(Part):
     """One adapted module.
 

@@ -49,8 +49,8 @@ class Score(Part):
         tokens: answer tokens in them.
         loss: mean nats an answer token, over all tokens.
         difference: mean over rows of (loss of the row − loss of the base on the same row), nats a token; None for
-            the base itself or where the base was not compared.
-        difference_low: lower end of its 95 % confidence interval (paired t).
+            the base itself, where the base was not compared, or where the two tokenize a row differently.
+        difference_low: lower end of its 95 % confidence interval (paired t); None below two rows.
         difference_high: upper end.
         better_rows: rows on which it is better than the base.
     """

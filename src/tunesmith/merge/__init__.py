@@ -1,5 +1,7 @@
 """From a plan to a merged model: the only delta arithmetic that ships."""
 
-from tunesmith.merge.records import Asset, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity, TensorUpdate
+from tunesmith.merge.plan import plan_merge
+from tunesmith.merge.records import Asset, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
+from tunesmith.merge.write import merge
 
-__all__ = ["Asset", "MergePlan", "Merged", "Receipt", "ShardPlan", "TensorFidelity", "TensorUpdate"]
+__all__ = ["Asset", "MergePlan", "Merged", "Receipt", "ShardPlan", "TensorFidelity", "merge", "plan_merge"]

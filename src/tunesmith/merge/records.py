@@ -4,27 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tunesmith.adapter import LowRank
 from tunesmith.record import Finding, Part, Record
-
-
-class TensorUpdate(Part):
-    """One base tensor that the adapter changes: W' = W + scaling·B·A.
-
-    Attributes:
-        name: the base tensor's name.
-        module: the adapted module's name.
-        r: the rank.
-        scaling: what multiplies B·A.
-        lora_A: name of A in the adapter's file, shape (r, in).
-        lora_B: name of B, shape (out, r).
-    """
-
-    name: str
-    module: str
-    r: int
-    scaling: float
-    lora_A: str
-    lora_B: str
 
 
 class ShardPlan(Part):
@@ -40,7 +21,7 @@ class ShardPlan(Part):
     filename: str
     size_bytes: int
     tensors: int
-    updates: tuple[TensorUpdate, ...]
+    updates: tuple[LowRank, ...]
 
 
 class Asset(Part):
@@ -102,6 +83,7 @@ class TensorFidelity(Part):
         share_unchanged: share of them that rounding left as they were in the base.
         relative_error: ‖realised − Δ‖ / ‖Δ‖.
         gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩; 1 is a whole update.
+        delta_norm: ‖Δ‖ (Frobenius), the weight of this tensor among the others.
     """
 
     name: str
@@ -109,6 +91,7 @@ class TensorFidelity(Part):
     share_unchanged: float
     relative_error: float
     gain: float
+    delta_norm: float = 0.0
 
 
 class Receipt(Part):

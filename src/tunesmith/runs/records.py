@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.conversations import Conversation
 from tunesmith.record import Finding, Part, Record, Value
 
 
@@ -81,7 +80,7 @@ class Run(Record):
         log: logged steps in order, one a step and kind.
         hyperparameters: what is recorded of the training's settings.
         metrics: final metrics.
-        held_out: the rows that were kept from training, where the run keeps them.
+        held_out: the file of rows that were kept from training, relative to the run; None where it keeps none.
         findings: what looks unhealthy.
     """
 
@@ -95,7 +94,7 @@ class Run(Record):
     log: tuple[LogRow, ...] = ()
     hyperparameters: dict[str, Value] = {}
     metrics: dict[str, float] = {}
-    held_out: tuple[Conversation, ...] = ()
+    held_out: str | None = None
     findings: tuple[Finding, ...] = ()
 
     @property

@@ -6,6 +6,7 @@ from typing import Literal
 
 from tunesmith.record import Finding, Part, Record
 
+LevelName = Literal["structure", "assets", "weights", "behaviour"]
 Status = Literal["pass", "warn", "fail", "skipped"]
 Answer = Literal["identical", "equal_within_rounding", "different", "not_verified"]
 
@@ -24,6 +25,7 @@ class TensorVerdict(Part):
         unchanged: how many equal the base's.
         gain: least-squares factor between what was added and what should have been; None where Δ is 0.
         relative_error: ‖added − Δ‖ / ‖Δ‖; None where Δ is 0.
+        delta_norm: ‖Δ‖ (Frobenius), the weight of this tensor among the others.
     """
 
     name: str
@@ -36,6 +38,7 @@ class TensorVerdict(Part):
     unchanged: int
     gain: float | None = None
     relative_error: float | None = None
+    delta_norm: float = 0.0
 
 
 class BehaviourRow(Part):
@@ -78,7 +81,7 @@ class Level(Part):
         seconds: wall time.
     """
 
-    name: Literal["structure", "assets", "weights", "behaviour"]
+    name: LevelName
     status: Status
     findings: tuple[Finding, ...]
     seconds: float

@@ -1,0 +1,134 @@
+"""Tunesmith: use, prove and ship a LoRA fine-tune.
+
+    import tunesmith as ts
+
+    run = ts.open_run("out/security")
+    plan = ts.plan_merge(run, out="out/merged")
+    merged = ts.merge(plan)
+    verdict = ts.verify(run, merged)
+
+Every name is loaded when it is first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.adapter import AdapterFacts as AdapterFacts
+    from tunesmith.api import ChatTurn as ChatTurn
+    from tunesmith.api import Inspection as Inspection
+    from tunesmith.api import Report as Report
+    from tunesmith.api import compare as compare
+    from tunesmith.api import compute_dtype as compute_dtype
+    from tunesmith.api import inspect as inspect
+    from tunesmith.api import load_variants as load_variants
+    from tunesmith.api import output_file as output_file
+    from tunesmith.api import report as report
+    from tunesmith.api import train as train
+    from tunesmith.api import verdict_sentence as verdict_sentence
+    from tunesmith.api import verify as verify
+    from tunesmith.api import write_comparison as write_comparison
+    from tunesmith.compare import Comparison as Comparison
+    from tunesmith.compare import to_markdown as to_markdown
+    from tunesmith.compare import word_diff as word_diff
+    from tunesmith.conversations import Conversation as Conversation
+    from tunesmith.conversations import Message as Message
+    from tunesmith.conversations import read_conversations as read_conversations
+    from tunesmith.demo import DemoResult as DemoResult
+    from tunesmith.demo import demo as demo
+    from tunesmith.doctor import Health as Health
+    from tunesmith.doctor import doctor as doctor
+    from tunesmith.errors import Cancelled as Cancelled
+    from tunesmith.errors import TunesmithError as TunesmithError
+    from tunesmith.merge import Merged as Merged
+    from tunesmith.merge import MergePlan as MergePlan
+    from tunesmith.merge import merge as merge
+    from tunesmith.merge import plan_merge as plan_merge
+    from tunesmith.models import Generation as Generation
+    from tunesmith.models import GenerationSettings as GenerationSettings
+    from tunesmith.models import VariantSet as VariantSet
+    from tunesmith.models import generate as generate
+    from tunesmith.progress import Cancellation as Cancellation
+    from tunesmith.progress import Progress as Progress
+    from tunesmith.record import Finding as Finding
+    from tunesmith.report import finding_text as finding_text
+    from tunesmith.report import text as text
+    from tunesmith.runs import Run as Run
+    from tunesmith.runs import open_run as open_run
+    from tunesmith.verify import Verdict as Verdict
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdapterFacts": "adapter",
+    "Cancellation": "progress",
+    "Cancelled": "errors",
+    "ChatTurn": "api",
+    "Comparison": "compare",
+    "Conversation": "conversations",
+    "DemoResult": "demo",
+    "Finding": "record",
+    "Generation": "models",
+    "GenerationSettings": "models",
+    "Health": "doctor",
+    "Inspection": "api",
+    "MergePlan": "merge",
+    "Merged": "merge",
+    "Message": "conversations",
+    "Progress": "progress",
+    "Report": "api",
+    "Run": "runs",
+    "TunesmithError": "errors",
+    "VariantSet": "models",
+    "Verdict": "verify",
+    "compare": "api",
+    "compute_dtype": "api",
+    "demo": "demo",
+    "doctor": "doctor",
+    "finding_text": "report",
+    "generate": "models",
+    "inspect": "api",
+    "load_variants": "api",
+    "merge": "merge",
+    "open_run": "runs",
+    "output_file": "api",
+    "plan_merge": "merge",
+    "read_conversations": "conversations",
+    "report": "api",
+    "text": "report",
+    "to_markdown": "compare",
+    "train": "api",
+    "verdict_sentence": "api",
+    "verify": "api",
+    "word_diff": "compare",
+    "write_comparison": "api",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tunesmith.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Some rooms bear a verb's name; importing ``tunesmith.verify`` must not hide ``tunesmith.verify(...)``."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

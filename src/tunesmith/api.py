@@ -1,0 +1,484 @@
+"""The verbs: each composes the rooms below it, and holds no arithmetic of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith.adapter import Adapter, AdapterFacts, describe
+from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, weights_sha256
+from tunesmith.compare import Comparison, VariantInfo, to_markdown
+from tunesmith.compare import compare as compare_variants
+from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
+from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, DataError, OutputError
+from tunesmith.merge import Merged
+from tunesmith.models import BASE, ComputeDtype, GenerationSettings, VariantSet
+from tunesmith.models import compute_dtype as measure_compute_dtype
+from tunesmith.progress import Cancellation, ProgressCallback, no_progress
+from tunesmith.record import Record
+from tunesmith.report import eval_loss_png, finding_text, loss_png, text
+from tunesmith.report import write_report as write_html
+from tunesmith.runs import FINAL, Run, RunCheckpoint, as_run, checkpoint_of, open_run, tokenizer_dir
+from tunesmith.verify import LEVELS, Verdict
+from tunesmith.verify import verify as verify_merged
+
+StrPath = str | os.PathLike[str]
+Prompts = StrPath | Sequence[Conversation]
+
+MERGED = "merged"
+SHOWN_PROMPTS = 8
+
+
+class Inspection(Record):
+    """A run, its adapter and the base they belong to.
+
+    Attributes:
+        run: the run directory.
+        adapter: the inspected adapter.
+        checkpoint: which of the run's adapters that is.
+        base: the base's directory; None where it is not at hand.
+    """
+
+    run: Run
+    adapter: AdapterFacts
+    checkpoint: str
+    base: str | None = None
+
+
+class ChatTurn(Record):
+    """One question and its answer.
+
+    Attributes:
+        variant: who answered.
+        question: the last user turn.
+        text: the answer, without special tokens.
+        tokens: generated tokens, the end-of-turn token included.
+        stop_reason: ``eos``, ``length`` or ``cancelled``.
+        seconds: from the question to the last token.
+        tokens_per_s: after the first token; None below two tokens.
+    """
+
+    variant: str
+    question: str
+    text: str
+    tokens: int
+    stop_reason: str
+    seconds: float
+    tokens_per_s: float | None
+
+
+def base_of(
+    run: Run,
+    checkpoint: RunCheckpoint,
+    base: str | None,
+    *,
+    fetch: bool = True,
+    progress: ProgressCallback = no_progress,
+) -> tuple[str, Path]:
+    """The base of a run: its name as asked for or as the adapter names it, and its directory.
+
+    Raises:
+        BaseModelError: none is named, or it cannot be found.
+    """
+    name = base or Adapter(checkpoint.path).base_model
+    if name is None:
+        raise BaseModelError(
+            "The adapter names no base model.",
+            where=checkpoint.path,
+            next_step="pass --base with the model that was tuned",
+        )
+    return name, locate_base(name, relative_to=Path(run.path).parent, fetch=fetch, progress=progress)
+
+
+def inspect(run: Run | StrPath, *, base: str | None = None, checkpoint: str | int | None = None) -> Inspection:
+    """Describe a run and one of its adapters, from headers, logs and the adapter's own factors.
+
+    Args:
+        run: a run, or its directory.
+        base: the base model; None for the one that the adapter names, where that is at hand.
+        checkpoint: which adapter; None for the last.
+
+    Raises:
+        RunError: not a run.
+        AdapterError: the adapter cannot be read.
+        BaseModelError: ``base`` was given and is not there.
+    """
+    run = as_run(run)
+    chosen = run.checkpoints[-1] if checkpoint is None else checkpoint_of(run, checkpoint)
+    adapter = Adapter(chosen.path)
+    model = None
+    try:
+        _, base_dir = base_of(run, chosen, base, fetch=False)
+        model = Checkpoint(base_dir)
+    except (BaseModelError, CheckpointError):
+        if base is not None:
+            raise
+    return Inspection(
+        run=run,
+        adapter=describe(adapter, model),
+        checkpoint=chosen.name,
+        base=str(model.path.resolve()) if model else None,
+    )
+
+
+def train(
+    recipe: StrPath,
+    overrides: Sequence[str] = (),
+    *,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Run:
+    """Tune a LoRA adapter as a recipe says.
+
+    Args:
+        recipe: a YAML file.
+        overrides: ``key=value`` pairs that replace keys of it.
+        progress: told of steps.
+        cancellation: read between steps.
+
+    Returns:
+        The run.
+
+    Raises:
+        RecipeError: unknown, wrong or missing keys.
+        DataError: a data set that cannot be trained on.
+        MissingExtraError: the extra ``train`` is not installed.
+    """
+    from tunesmith.train import read_recipe
+    from tunesmith.train import train as fit
+
+    parsed = read_recipe(recipe, overrides)
+    name = parsed.model_name_or_path
+    base = locate_base(name, relative_to=Path(recipe).parent, progress=progress)
+    run_dir = fit(
+        parsed,
+        base_dir=base,
+        base_name=name,
+        compute=compute_dtype(parsed.dtype),
+        base_sha256=weights_sha256(base),
+        progress=progress,
+        cancellation=cancellation,
+    )
+    for filename, draw in (("training_loss.png", loss_png), ("training_eval_loss.png", eval_loss_png)):
+        picture = draw(open_run(run_dir))
+        if picture is not None:
+            (run_dir / filename).write_bytes(picture)
+    return open_run(run_dir)
+
+
+def compute_dtype(requested: str = "auto") -> ComputeDtype:
+    """The dtype that this machine computes in: measured once, kept in the user's cache.
+
+    Args:
+        requested: ``auto``, or a dtype that is taken as it is.
+    """
+    return measure_compute_dtype(requested, cache_dir=cache_dir())
+
+
+def load_variants(
+    run: Run | StrPath,
+    names: Sequence[str] = (FINAL,),
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    progress: ProgressCallback = no_progress,
+) -> tuple[VariantSet, list[VariantInfo]]:
+    """Load variants of one base, its weights once.
+
+    Args:
+        run: a run, or its directory.
+        names: ``base``, ``final``, ``checkpoint-N`` or ``N``, or the directory of a merged model.
+        base: the base model; None for the one that the adapter names.
+        dtype: of the arithmetic; ``auto`` is measured.
+        progress: told of what is loaded.
+
+    Returns:
+        The loaded variants, and what each of ``names`` is, in the order of ``names``.
+
+    Raises:
+        RunError: the run has no such adapter.
+        BaseModelError: the base cannot be found.
+    """
+    run = as_run(run)
+    infos: list[VariantInfo] = []
+    base_name, base_dir = base_of(run, run.checkpoints[-1], base, progress=progress)
+    for name in names:
+        if name == BASE:
+            infos.append(VariantInfo(name=BASE, kind="base", path=str(base_dir)))
+        elif (Path(name) / "config.json").is_file():
+            infos.append(VariantInfo(name=Path(name).resolve().name, kind="full", path=name))
+        else:
+            chosen = checkpoint_of(run, name)
+            infos.append(VariantInfo(name=chosen.name, kind="adapter", path=chosen.path))
+    own = next((info for info in reversed(infos) if info.kind == "adapter"), None)
+    tokens = tokenizer_dir(run, checkpoint_of(run, own.name) if own else run.checkpoints[-1], base_dir)
+    if tokens is None:
+        raise BaseModelError("Neither the run nor the base holds a tokenizer.", where=run.path, found=base_name)
+    compute = compute_dtype(dtype)
+    variants = VariantSet.load(
+        base_dir,
+        adapters={info.name: info.path for info in infos if info.kind == "adapter"},
+        full={info.name: info.path for info in infos if info.kind == "full"},
+        tokenizer_dir=tokens,
+        dtype=compute.dtype,
+        device=compute.device,
+        progress=progress,
+    )
+    return variants, infos
+
+
+def compare(
+    run: Run | StrPath,
+    variants: Sequence[str] = (BASE, FINAL),
+    prompts: Prompts | None = None,
+    *,
+    data: Prompts | None = None,
+    base: str | None = None,
+    greedy: bool = True,
+    max_new_tokens: int = 1024,
+    max_prompts: int = SHOWN_PROMPTS,
+    dtype: str = "auto",
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Comparison:
+    """Let variants answer the same prompts, and score them on rows whose answers are known.
+
+    Args:
+        run: a run, or its directory.
+        variants: as for :func:`load_variants`.
+        prompts: a file of prompts, or conversations, all of which are answered; None for the first ``max_prompts``
+            rows of ``data``.
+        data: a file of rows, or conversations; those with an answer are scored.  None for the run's own held-out rows.
+        base: the base model; None for the one that the adapter names.
+        greedy: take the most likely token always; else sample.
+        max_new_tokens: limit of every reply.
+        max_prompts: how many rows of ``data`` are answered where no ``prompts`` are given.
+        dtype: of the arithmetic; ``auto`` is measured.
+        progress: told of the work's parts.
+        cancellation: read between tokens and batches.
+
+    Raises:
+        DataError: a file cannot be read.
+        RunError: the run has no such variant.
+    """
+    run = as_run(run)
+    rows = _rows(data) if data is not None else held_out_rows(run)
+    asked = _rows(prompts) if prompts is not None else (rows or built_in_prompts())[:max_prompts]
+    loaded, infos = load_variants(run, variants, base=base, dtype=dtype, progress=progress)
+    return compare_variants(
+        loaded,
+        infos,
+        asked,
+        run_name=run.name,
+        settings=GenerationSettings(greedy=greedy, max_new_tokens=max_new_tokens),
+        scored_rows=[row for row in (rows or asked) if row.answer is not None],
+        progress=progress,
+        cancellation=cancellation,
+    )
+
+
+def verify(
+    run: Run | StrPath,
+    merged: Merged | StrPath,
+    *,
+    base: str | None = None,
+    checkpoint: str | int = FINAL,
+    levels: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
+    dtype: str = "float32",
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Verdict:
+    """Prove that a merged model is its base plus its adapter, or say why it is not.
+
+    Args:
+        run: a run, or its directory.
+        merged: the merged model's directory, by whatever tool, or what :func:`merge` returned.
+        base: the base model; None for the one that the adapter names.
+        checkpoint: ``final``, ``checkpoint-N`` or ``N``.
+        levels: of ``structure``, ``assets``, ``weights``, ``behaviour``; None for all.
+        prompts: for the behaviour level; None for the run's held-out rows, or a built-in set.
+        dtype: of the behaviour level's arithmetic.  The measured dtype of the other verbs is not the default here:
+            in bf16 the arithmetic's own noise is larger than the rounding that is looked for.
+        progress: told of the work's parts.
+        cancellation: read between tiles, prompts and tokens.
+
+    Returns:
+        The verdict; a wrong merge is an answer, not an exception.
+
+    Raises:
+        TunesmithError: the run, its adapter or the base cannot be read, or the merged directory is not there.
+    """
+    run = as_run(run)
+    levels = levels or LEVELS
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown:
+        raise DataError("There is no such level.", expected=", ".join(LEVELS), found=", ".join(unknown))
+    target = merged.path if isinstance(merged, Merged) else Path(merged)
+    if not target.is_dir():
+        raise CheckpointError(
+            "The merged model is a file." if target.exists() else "The merged model is not there.",
+            where=target,
+            expected="the directory that a merge wrote",
+        )
+    base_name, base_dir = base_of(run, checkpoint_of(run, checkpoint), base, progress=progress)
+    rows = _rows(prompts) if prompts is not None else held_out_rows(run)
+    compute = compute_dtype(dtype)
+    return verify_merged(
+        run,
+        target,
+        base_dir=base_dir,
+        base_model=base_name,
+        checkpoint=checkpoint,
+        levels=levels,
+        prompts=rows,
+        dtype=compute.dtype,
+        device=compute.device,
+        progress=progress,
+        cancellation=cancellation,
+    )
+
+
+class Report(Record):
+    """A written report and the records in it.
+
+    Attributes:
+        path: the HTML file.
+        run: the run.
+        adapter: the described adapter; None where it cannot be read.
+        comparison: variants side by side.
+        merged: the merge, where its record was at hand.
+        verdict: the verification, where there is a merged model.
+    """
+
+    path: str
+    run: Run
+    adapter: AdapterFacts | None
+    comparison: Comparison
+    merged: Merged | None
+    verdict: Verdict | None
+
+
+def report(
+    run: Run | StrPath,
+    out: StrPath,
+    *,
+    merged: Merged | StrPath | None = None,
+    base: str | None = None,
+    checkpoint: str | int = FINAL,
+    comparison: Comparison | StrPath | None = None,
+    verdict: Verdict | StrPath | None = None,
+    merge_record: StrPath | None = None,
+    dtype: str = "auto",
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Report:
+    """Write one self-contained HTML report; what is not given is worked out now.
+
+    Args:
+        run: a run, or its directory.
+        out: the HTML file.
+        merged: what :func:`merge` returned, or the merged model's directory; None where there is none yet.
+        base: the base model; None for the one that the adapter names.
+        checkpoint: which adapter it is about.
+        comparison: what :func:`compare` returned, or a file of it; None to compare now.
+        verdict: what :func:`verify` returned, or a file of it; None to verify now, where ``merged`` is given.
+        merge_record: a file of what :func:`merge` returned, for the merge's own figures.
+        dtype: of the comparison's arithmetic, where it is made now.
+        progress: told of the work's parts.
+        cancellation: read between the work's parts.
+
+    Raises:
+        DataError: a file is not the record that it should be.
+        OutputError: ``out`` cannot be written.
+    """
+    run = as_run(run)
+    target = output_file(out)
+    chosen = checkpoint_of(run, checkpoint).name
+    if merge_record is not None:
+        merged = Merged.read(merge_record)
+    if comparison is None:
+        comparison = compare(run, (BASE, chosen), base=base, dtype=dtype, progress=progress, cancellation=cancellation)
+    elif not isinstance(comparison, Comparison):
+        comparison = Comparison.read(comparison)
+    if verdict is None and merged is not None:
+        verdict = verify(run, merged, base=base, checkpoint=checkpoint, progress=progress, cancellation=cancellation)
+    elif verdict is not None and not isinstance(verdict, Verdict):
+        verdict = Verdict.read(verdict)
+    result = Report(
+        path=str(target),
+        run=run,
+        adapter=_adapter_facts(run, base, checkpoint),
+        comparison=comparison,
+        merged=merged if isinstance(merged, Merged) else None,
+        verdict=verdict,
+    )
+    write_html(
+        target,
+        run=run,
+        adapter=result.adapter,
+        comparison=comparison,
+        merged=result.merged,
+        verdict=verdict,
+    )
+    return result
+
+
+def write_comparison(comparison: Comparison, run: Run | StrPath, out: StrPath) -> Path:
+    """Write a comparison as its name says: ``.json``, ``.md`` or ``.html``.
+
+    Raises:
+        OutputError: another name, or a place that cannot be written.
+    """
+    target = output_file(out, suffixes=(".json", ".md", ".html"))
+    if target.suffix == ".json":
+        return comparison.write(target)
+    if target.suffix == ".md":
+        target.write_text(to_markdown(comparison), encoding="utf-8")
+        return target
+    return write_html(target, run=as_run(run), adapter=None, comparison=comparison, merged=None, verdict=None)
+
+
+def output_file(out: StrPath, *, suffixes: Sequence[str] = ()) -> Path:
+    """Check, before any work is done for it, that a file can be written.
+
+    Args:
+        out: the file.
+        suffixes: what its name may end in; empty for anything.
+
+    Raises:
+        OutputError: a wrong suffix, a directory, or a parent that is not there or cannot be written.
+    """
+    target = Path(out)
+    if suffixes and target.suffix not in suffixes:
+        raise OutputError("The file's name does not say a known format.", where=target, expected=", ".join(suffixes))
+    if target.is_dir():
+        raise OutputError("The file is a directory.", where=target)
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise OutputError("The file's directory is not there or cannot be written.", where=target.parent)
+    return target
+
+
+def verdict_sentence(verdict: Verdict, lang: str = "en") -> str:
+    """The verdict in one sentence: the likeliest cause where there is one."""
+    if verdict.answer == "different" and verdict.causes:
+        return finding_text(verdict.causes[0], lang)
+    about = {"merged": verdict.merged, "base": verdict.base_model, "checkpoint": verdict.checkpoint}
+    return text(f"verdict.{verdict.answer}.sentence", lang, **about)
+
+
+def _adapter_facts(run: Run, base: str | None, checkpoint: str | int) -> AdapterFacts | None:
+    try:
+        return inspect(run, base=base, checkpoint=checkpoint).adapter
+    except AdapterError:
+        return None
+
+
+def held_out_rows(run: Run) -> list[Conversation]:
+    """The rows that a run keeps from its training; none where it keeps none."""
+    return read_conversations(Path(run.path) / run.held_out) if run.held_out else []
+
+
+def _rows(prompts: Prompts) -> list[Conversation]:
+    return list(prompts) if not isinstance(prompts, str | os.PathLike) else read_conversations(prompts)

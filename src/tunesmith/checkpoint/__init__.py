@@ -1,0 +1,54 @@
+"""Model directories: strict header parse, lazy reads, atomic publishing, and where a base model is.
+
+Knows nothing of LoRA.
+"""
+
+from tunesmith.checkpoint.directory import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object, read_rows
+from tunesmith.checkpoint.header import Header, TensorInfo, read_header
+from tunesmith.checkpoint.locate import cache_dir, locate_base
+from tunesmith.checkpoint.publish import (
+    check_free_space,
+    check_out_dir,
+    copy_range,
+    sha256_of,
+    staged_directory,
+    weights_sha256,
+    write_at,
+    write_error,
+)
+from tunesmith.checkpoint.tensors import (
+    FLOAT_DTYPES,
+    Array,
+    Float64,
+    as_float64,
+    keep_freed_memory,
+    stored_array,
+)
+
+__all__ = [
+    "Array",
+    "CONFIG_FILE",
+    "Checkpoint",
+    "FLOAT_DTYPES",
+    "Float64",
+    "Header",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "TensorInfo",
+    "as_float64",
+    "cache_dir",
+    "check_free_space",
+    "check_out_dir",
+    "copy_range",
+    "keep_freed_memory",
+    "locate_base",
+    "read_header",
+    "read_json_object",
+    "read_rows",
+    "sha256_of",
+    "staged_directory",
+    "stored_array",
+    "weights_sha256",
+    "write_at",
+    "write_error",
+]

@@ -1,0 +1,166 @@
+"""The safetensors file format, parsed strictly: https://github.com/huggingface/safetensors#format.
+
+A file is an unsigned little-endian 64-bit header length N, N bytes of one JSON object, then the data.  The object maps
+each tensor's name to its dtype, its shape and the range of its bytes in the data; ``__metadata__`` maps strings to
+strings.  The ranges start at 0, leave no hole, do not overlap, and end where the file ends.  N may be odd.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: its name.
+        dtype: its safetensors dtype, such as ``BF16``.
+        shape: its shape.
+        begin: offset of its first byte from the start of the file.
+        end: offset just past its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.end - self.begin
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """One safetensors file's header.
+
+    Attributes:
+        path: the file.
+        tensors: every tensor by name, in the order of their data.
+        metadata: the file's string metadata.
+        data_start: offset of the first tensor's first byte.
+        file_bytes: the file's size.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    file_bytes: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check a safetensors file's header; the data is not read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The header, every invariant of the format checked.
+
+    Raises:
+        CheckpointError: the file cannot be read or breaks the format.
+    """
+    source = Path(path)
+    try:
+        with source.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise _broken(source, "a header length that fits the file", f"{length} in {file_bytes} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
+    entries = _parse_object(source, raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(source, "string-only __metadata__", metadata)
+    data_start = 8 + length
+    tensors = [_tensor(source, name, entry, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.begin, info.end))
+    _check_ranges(source, tensors, data_start, file_bytes)
+    return Header(source, {info.name: info for info in tensors}, metadata, data_start, file_bytes)
+
+
+def _broken(source: Path, expected: object, found: object) -> CheckpointError:
+    return CheckpointError(
+        "This is not a sound safetensors file.",
+        where=source,
+        expected=expected,
+        found=str(found)[:200],
+        next_step="copy or download the file again: it is truncated, damaged or of another format",
+    )
+
+
+def _parse_object(source: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return dict(pairs)
+
+    if not raw.startswith(b"{"):
+        raise _broken(source, "a header that starts with '{'", raw[:16])
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(source, "a JSON header", error) from error
+    if not isinstance(document, dict):
+        raise _broken(source, "a JSON object", type(document).__name__)
+    return document
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(source: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(source, f"dtype, shape and data_offsets for {name!r}", entry)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _broken(source, f"a known dtype for {name!r}", dtype)
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise _broken(source, f"a shape of non-negative integers for {name!r}", shape)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise _broken(source, f"two data_offsets for {name!r}", offsets)
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise _broken(source, f"{bits / 8:g} bytes for {name!r} ({dtype} {shape})", f"{offsets[1] - offsets[0]} bytes")
+    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _check_ranges(source: Path, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for info in tensors:
+        if info.begin != position:
+            raise _broken(source, f"{info.name!r} to begin at byte {position}", f"byte {info.begin}")
+        position = info.end
+    if position != file_bytes:
+        raise _broken(source, f"{position} bytes in all", f"{file_bytes} bytes")

@@ -1,0 +1,115 @@
+"""``tunesmith chat``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+import tunesmith as ts
+from tunesmith.cli.options import BaseOption, DtypeOption, JsonOption, RunArgument
+from tunesmith.cli.output import clean, console, progress_bar
+
+
+def chat(
+    run: RunArgument,
+    base: BaseOption = None,
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", metavar="NAME", help="final, checkpoint-N, N, or none for the base model."),
+    ] = "final",
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once and exit.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")] = 1024,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the sampling.")] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the tuned model, a checkpoint, or the base model.
+
+    Reads questions from standard input where that is a pipe. Ctrl-C stops a reply; twice, or an empty line, ends.
+
+    Example: tunesmith chat out/security --checkpoint 200 --prompt "What is SQL injection?"
+    """
+    name = "base" if checkpoint == "none" else checkpoint
+    settings = ts.GenerationSettings(
+        max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, seed=seed
+    )
+    with progress_bar() as progress:
+        variants, infos = ts.load_variants(run, (name,), base=base, dtype=dtype, progress=progress)
+    history = [ts.Message(role="system", content=system)] if system else []
+    for question in _questions(prompt, infos[0].name):
+        history.append(ts.Message(role="user", content=question))
+        reply = _reply(variants, infos[0].name, history, settings, as_json=as_json)
+        history.append(ts.Message(role="assistant", content=reply.text))
+
+
+def _questions(prompt: str | None, name: str) -> Iterator[str]:
+    if prompt is not None:
+        yield prompt
+    elif not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+    else:
+        screen = console(stderr=True)
+        screen.print(f"Talking to {name}. An empty line ends.", style="dim", markup=False)
+        while question := screen.input("\n> ").strip():
+            yield question
+
+
+def _reply(
+    variants: ts.VariantSet, name: str, history: list[ts.Message], settings: ts.GenerationSettings, *, as_json: bool
+) -> ts.Generation:
+    def show(_row: int, text: str) -> None:
+        sys.stdout.write(clean(text))
+        sys.stdout.flush()
+
+    with _stoppable() as cancellation:
+        reply = ts.generate(
+            variants, name, [history], settings, on_text=None if as_json else show, cancellation=cancellation
+        )[0]
+    if as_json:
+        turn = ts.ChatTurn(
+            variant=name,
+            question=history[-1].content,
+            text=reply.text,
+            tokens=len(reply.token_ids),
+            stop_reason=reply.stop_reason,
+            seconds=reply.seconds,
+            tokens_per_s=reply.tokens_per_s,
+        )
+        sys.stdout.write(turn.model_dump_json() + "\n")
+        return reply
+    sys.stdout.write("\n")
+    reason = ts.text(f"stop.{reply.stop_reason}")
+    speed = f", {reply.tokens_per_s:.1f} tokens/s" if reply.tokens_per_s else ""
+    note = f"[{reason}; {len(reply.token_ids)} tokens{speed}]"
+    if reply.stop_reason == "length":
+        note += f" The reply was cut: raise --max-new-tokens (now {settings.max_new_tokens}) for the rest."
+    sys.stdout.flush()
+    console(stderr=True).print(note, style="dim", markup=False)
+    return reply
+
+
+@contextmanager
+def _stoppable() -> Iterator[ts.Cancellation]:
+    """Ctrl-C stops the reply that is being written; a second one ends the program."""
+    cancellation = ts.Cancellation()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        if cancellation.requested:
+            raise KeyboardInterrupt
+        cancellation.cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield cancellation
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,303 @@
+"""Charts: one Vega-Lite specification each, the same on paper, in the report and in the page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tunesmith.adapter.records import AdapterFacts
+from tunesmith.report.escaping import visible
+from tunesmith.report.texts import text
+from tunesmith.runs import Run
+from tunesmith.verify import Verdict
+
+Spec = dict[str, Any]
+Points = list[tuple[int, float]]
+
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+_VEGA_LITE = "5.21"
+_FONT = "PingFang SC, Microsoft YaHei, Noto Sans CJK SC, sans-serif"
+# Ink becomes currentColor in an SVG; the other hues read on white and on near-black alike.
+_INK = "#24292f"
+_TRAIN = "#4c7fd9"
+_TRAIN_RAW = "#8fa9d0"
+_QUIET = "#8b949e"
+_HELD_OUT = "#d0812c"
+_FIELD = ("#dce7f7", "#2456a8")
+_HATCH = "M-1,0.2L-0.2,1M-1,-0.6L0.6,1M-0.6,-1L1,0.6M0.2,-1L1,-0.2"
+_HATCH_STYLE = {"size": 150, "strokeWidth": 1, "color": _INK, "opacity": 0.3}
+_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_FIRST_NUMBER = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
+_ID = re.compile(r'\bid="([^"]+)"')
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_FURTHER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The exponential moving average that LLaMA-Factory draws.
+
+    Its weight grows with the number of points: 1.8·(σ(0.05·n) − ½).
+
+    Source: LLaMA-Factory, ``src/llamafactory/extras/ploting.py``, ``smooth``.
+    """
+    if not values:
+        return []
+    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    smoothed, last = [], values[0]
+    for value in values:
+        last = last * weight + (1 - weight) * value
+        smoothed.append(last)
+    return smoothed
+
+
+def loss_spec(run: Run, lang: str = "en") -> Spec | None:
+    """The loss curve: training as logged and smoothed, held-out loss, and a rule at every saved checkpoint.
+
+    Args:
+        run: the run; losses that are not finite are left out.
+        lang: language of its labels.
+
+    Returns:
+        A Vega-Lite specification, or None where no loss was logged.
+    """
+    train = _finite((row.step, row.loss) for row in run.log)
+    held_out = _finite((row.step, row.eval_loss) for row in run.log)
+    if not train and not held_out:
+        return None
+    step = text("chart.step", lang)
+    series = [
+        ("checkpoint", _QUIET, _checkpoint_layer(run, step)),
+        ("train", _TRAIN_RAW, _curve(train, {"type": "line", "strokeWidth": 1})),
+        ("smoothed", _TRAIN, _curve(_smoothed(train), {"type": "line", "strokeWidth": 2.25})),
+        (
+            "eval",
+            _HELD_OUT,
+            _curve(held_out, {"type": "line", "strokeWidth": 1.75, "point": {"size": 42, "filled": True}}),
+        ),
+    ]
+    drawn = [(text(f"chart.loss.{name}", lang), color, layer) for name, color, layer in series if layer]
+    # Checkpoints are drawn first, under the curves, and named last.
+    named = drawn[1:] + drawn[:1] if series[0][2] else drawn
+    scale = {"domain": [name for name, _, _ in named], "range": [color for _, color, _ in named]}
+    for name, _, layer in drawn:
+        layer["encoding"]["color"] = {"datum": name, "type": "nominal", "scale": scale}
+        layer["encoding"]["x"] |= {"title": step, "axis": {"tickMinStep": 1, "tickCount": 10, "grid": False}}
+        if "y" in layer["encoding"]:
+            layer["encoding"]["y"]["title"] = text("chart.loss.y", lang)
+    return _chart({"width": 800, "height": 250, "layer": [layer for _, _, layer in drawn]})
+
+
+def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | None:
+    """A layer × module field on a log scale: the merge's relative error, or the update's size |Δ| / |W|.
+
+    Args:
+        source: a verdict with its tensors, or an adapter whose base norms are known.
+        lang: language of its labels.
+
+    Returns:
+        A Vega-Lite specification, or None where there is nothing to show.
+    """
+    cells = _error_cells(source) if isinstance(source, Verdict) else _update_cells(source)
+    if not cells:
+        return None
+    layers = sorted({layer for layer, _ in cells})
+    modules = sorted({module for _, module in cells}, key=_reading_order)
+    rows = [{"layer": layer, "module": module, "value": value} for (layer, module), value in cells.items()]
+    places = [(layer, module) for module in modules for layer in layers]
+    gaps = [{"layer": layer, "module": module} for layer, module in places if (layer, module) not in cells]
+    bare = {"domain": False, "ticks": False}
+    color = {
+        "field": "value",
+        "type": "quantitative",
+        "title": text("chart.heatmap.error" if isinstance(source, Verdict) else "chart.heatmap.update", lang),
+        "scale": {"type": "log", "domain": _decades(cells.values()), "range": list(_FIELD), "clamp": True},
+        "legend": {"orient": "right", "format": ".1~g", "gradientLength": 110, "tickCount": 3},
+    }
+    x = {"field": "layer", "type": "ordinal", "title": text("chart.heatmap.layer", lang), "scale": {"domain": layers}}
+    y = {"field": "module", "type": "ordinal", "title": None, "scale": {"domain": modules}, "axis": bare}
+    return _chart(
+        {
+            "width": max(180, min(780, 26 * len(layers))),
+            "height": 24 * len(modules),
+            "encoding": {"x": {**x, "axis": {**bare, "labelAngle": 0, "labelOverlap": True}}, "y": y},
+            "layer": [
+                {
+                    "data": {"values": rows},
+                    "mark": {"type": "rect", "cornerRadius": 2, "width": {"band": 0.92}, "height": {"band": 0.92}},
+                    "encoding": {"color": color, "tooltip": [{"field": name} for name in ("module", "layer", "value")]},
+                },
+                {"data": {"values": gaps}, "mark": {"type": "point", "shape": _HATCH, **_HATCH_STYLE}},
+            ],
+        }
+    )
+
+
+def to_svg(spec: Mapping[str, Any]) -> str:
+    """Draw a chart as SVG whose ink is ``currentColor``, so that it reads in a dark and in a light page alike.
+
+    Ids are made unique to the chart: several may stand in one document.  Nothing is read from the network.
+    """
+    return _svg(json.dumps(spec, sort_keys=True))
+
+
+@lru_cache(maxsize=32)
+def _svg(document: str) -> str:
+    import vl_convert
+
+    svg: str = vl_convert.vegalite_to_svg(document, vl_version=_VEGA_LITE, allowed_base_urls=[])
+    svg = svg.replace(f'"{_INK}"', '"currentColor"')
+    # The engine numbers ids by a counter of the process; here they depend on the chart alone.
+    mark = hashlib.sha256(document.encode()).hexdigest()[:8]
+    numbers = {name: f"c{mark}-{number}" for number, name in enumerate(dict.fromkeys(_ID.findall(svg)))}
+    svg = _ID.sub(lambda match: f'id="{numbers[match[1]]}"', svg)
+    return _REFERENCE.sub(lambda match: f"url(#{numbers.get(match[1], match[1])})", svg)
+
+
+def to_png(spec: Mapping[str, Any], scale: float = 2) -> bytes:
+    """Draw a chart as PNG on white.
+
+    Args:
+        spec: a Vega-Lite specification.
+        scale: pixels a unit of the chart.
+    """
+    import vl_convert
+
+    on_white = {**spec, "background": "white", "padding": 16}
+    png: bytes = vl_convert.vegalite_to_png(on_white, vl_version=_VEGA_LITE, scale=scale, allowed_base_urls=[])
+    return png
+
+
+def loss_png(run: Run) -> bytes | None:
+    """The picture ``training_loss.png``, drawn as LLaMA-Factory draws it; None where no training loss was logged."""
+    return _picture(_finite((row.step, row.loss) for row in run.log), "chart.loss.title", "loss")
+
+
+def eval_loss_png(run: Run) -> bytes | None:
+    """The picture ``training_eval_loss.png``; None where no held-out loss was logged."""
+    return _picture(_finite((row.step, row.eval_loss) for row in run.log), "chart.eval_loss.title", "eval_loss")
+
+
+def _picture(points: Points, title_key: str, label: str) -> bytes | None:
+    original = _curve(points, {"type": "line", "strokeWidth": 1.5})
+    smoothed = _curve(_smoothed(points), {"type": "line", "strokeWidth": 2})
+    if original is None or smoothed is None:
+        return None
+    # LLaMA-Factory draws with matplotlib, whose first colour this is.
+    scale = {"domain": ["original", "smoothed"], "range": ["#a5c8e1", "#1f77b4"]}
+    for name, layer in (("original", original), ("smoothed", smoothed)):
+        legend = {"orient": "top-right"}
+        layer["encoding"]["color"] = {"datum": name, "type": "nominal", "scale": scale, "legend": legend}
+        layer["encoding"]["x"]["title"] = text("chart.step")
+        layer["encoding"]["y"]["title"] = label
+    return to_png(_chart({"width": 560, "height": 360, "title": text(title_key), "layer": [original, smoothed]}))
+
+
+def _finite(logged: Iterable[tuple[int, float | None]]) -> Points:
+    return [(step, loss) for step, loss in logged if loss is not None and math.isfinite(loss)]
+
+
+def _smoothed(points: Points) -> Points:
+    return list(zip((step for step, _ in points), smooth([loss for _, loss in points]), strict=True))
+
+
+def _curve(points: Points, mark: Spec) -> Spec | None:
+    if not points:
+        return None
+    return {
+        "data": {"values": [{"step": step, "loss": loss} for step, loss in points]},
+        "mark": mark,
+        "encoding": {
+            "x": {"field": "step", "type": "quantitative"},
+            "y": {"field": "loss", "type": "quantitative", "scale": {"zero": False}},
+        },
+    }
+
+
+def _checkpoint_layer(run: Run, title: str) -> Spec | None:
+    steps = sorted({saved.step for saved in run.checkpoints if saved.step is not None and saved.name != "final"})
+    if not steps:
+        return None
+    return {
+        "data": {"values": [{"step": step} for step in steps]},
+        "mark": {"type": "rule", "strokeDash": [3, 3], "strokeWidth": 1},
+        "encoding": {"x": {"field": "step", "type": "quantitative", "title": title}},
+    }
+
+
+def _error_cells(verdict: Verdict) -> dict[tuple[int, str], float]:
+    cells: dict[tuple[int, str], float] = {}
+    for tensor in verdict.tensors:
+        place = _place(tensor.module or "")
+        error = tensor.relative_error
+        if place and error is not None and math.isfinite(error):
+            cells[place] = max(cells.get(place, 0.0), error, 1e-9)
+    return cells
+
+
+def _update_cells(facts: AdapterFacts) -> dict[tuple[int, str], float]:
+    cells: dict[tuple[int, str], float] = {}
+    for module in facts.modules:
+        place = _place(module.module)
+        if place and module.base_norm and math.isfinite(module.delta_norm / module.base_norm):
+            cells[place] = max(cells.get(place, 0.0), module.delta_norm / module.base_norm, 1e-9)
+    return cells
+
+
+def _place(module: str) -> tuple[int, str] | None:
+    """``model.layers.3.self_attn.q_proj`` → (3, ``self_attn.q_proj``); experts share one row."""
+    match = _FIRST_NUMBER.match(module)
+    return (int(match[1]), _FURTHER_NUMBER.sub("*", visible(match[2]))) if match else None
+
+
+def _reading_order(module: str) -> tuple[int, str]:
+    """Attention before feed-forward, in the order in which they compute; other names after them."""
+    last = module.rsplit(".", 1)[-1]
+    return (_ORDER.index(last) if last in _ORDER else len(_ORDER), module)
+
+
+def _decades(values: Collection[float]) -> list[float]:
+    low, high = min(values), max(values)
+    bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**bottom, 10.0 ** max(top, bottom + 1)]
+
+
+def _chart(content: Spec) -> Spec:
+    """A specification with the house's axes, legend and fonts."""
+    words = {
+        "labelColor": _INK,
+        "titleColor": _INK,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+    }
+    axis = {
+        "labelOpacity": 0.75,
+        "titleOpacity": 0.75,
+        "titlePadding": 8,
+        "gridColor": _INK,
+        "gridOpacity": 0.1,
+        "domainColor": _INK,
+        "domainOpacity": 0.3,
+        "tickColor": _INK,
+        "tickOpacity": 0.3,
+    }
+    legend = {"title": None, "orient": "top", "symbolType": "stroke", "symbolStrokeWidth": 2.5}
+    return {
+        "$schema": _SCHEMA,
+        "background": None,
+        "padding": 2,
+        **content,
+        "config": {
+            "font": _FONT,
+            "aria": False,
+            "view": {"stroke": None},
+            "axis": {**words, **axis},
+            "legend": {**words, **legend},
+            "title": {"color": _INK, "fontSize": 14, "fontWeight": "normal"},
+        },
+    }

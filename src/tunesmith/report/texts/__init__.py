@@ -1,0 +1,91 @@
+"""Every sentence that report and page show, in English and in Chinese.
+
+The texts are flat maps from a key to a ``str.format`` template, one JSON file a language.  To add one, put the same
+key with the same placeholders into ``texts/en.json`` and ``texts/zh.json``; a finding's key is ``finding.<code>``.
+
+Format specifications are kept to a few, so that the page's JavaScript can render the same templates: ``,`` (thousands),
+``.3f``, ``.3g``, ``.1%``, and one of our own, ``bytes`` (``9.3 MiB``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import string
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from tunesmith.record import Finding
+from tunesmith.report.units import human_bytes
+
+LANGUAGES = ("en", "zh")
+
+
+def text(key: str, lang: str = "en", **params: object) -> str:
+    """One interface text.
+
+    Args:
+        key: its key, such as ``verdict.identical``.
+        lang: one of :data:`LANGUAGES`.
+        params: what its placeholders stand for.  A value that does not fit its format specification (None, or text
+            where a number is usual) is shown as it is.
+
+    Raises:
+        KeyError: an unknown key or language, with the nearest known ones, or a missing parameter.
+    """
+    known = templates(lang)
+    if key not in known:
+        raise KeyError(f"no text {key!r}; nearest: {', '.join(difflib.get_close_matches(key, known, n=3)) or 'none'}")
+    try:
+        return _FORMATTER.vformat(known[key], (), params)
+    except KeyError as error:
+        raise KeyError(f"the text {key!r} needs the parameter {error}; given: {', '.join(params) or 'none'}") from error
+
+
+def finding_text(finding: Finding, lang: str = "en") -> str:
+    """The sentence of a finding.
+
+    A parameter that the finding lacks is shown as a dash: a record may come from another version of Tunesmith.
+
+    Raises:
+        KeyError: its code has no text; the nearest are named.
+    """
+    key = f"finding.{finding.code}"
+    named = {name: None for _, name, _, _ in _FORMATTER.parse(templates(lang).get(key, "")) if name}
+    return text(key, lang, **{**named, **finding.params})
+
+
+@cache
+def templates(lang: str) -> Mapping[str, str]:
+    """All templates of one language by key; for the page, which renders them itself.
+
+    Raises:
+        KeyError: the language is not one of :data:`LANGUAGES`.
+    """
+    if lang not in LANGUAGES:
+        raise KeyError(f"no language {lang!r}; known: {', '.join(LANGUAGES)}")
+    source = resources.files("tunesmith.report.texts") / f"{lang}.json"
+    loaded: dict[str, str] = json.loads(source.read_text(encoding="utf-8"))
+    return loaded
+
+
+class _Formatter(string.Formatter):
+    """``str.format`` over named plain values, with a unit of our own."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        return self.get_value(field_name, args, kwargs), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            return "–"
+        try:
+            if format_spec == "bytes":
+                return human_bytes(value)
+            return format(value, format_spec)
+        except (TypeError, ValueError):
+            return str(value)
+
+
+_FORMATTER = _Formatter()

@@ -1,0 +1,26 @@
+"""Where a run's tokenizer is: it must come whole from one place, and from the run wherever the run has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.runs.records import Run, RunCheckpoint
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def tokenizer_dir(run: Run, checkpoint: RunCheckpoint, base: Path) -> Path | None:
+    """The directory whose tokenizer belongs to an adapter: its own, else the run's, else the base's.
+
+    Added tokens and the chat template are part of a fine-tune, so files of two places are never mixed.
+
+    Returns:
+        The directory, or None where none of the three holds a tokenizer.
+    """
+    places = (Path(checkpoint.path), Path(run.path), base)
+    return next((place for place in places if any((place / name).is_file() for name in _CORE)), None)

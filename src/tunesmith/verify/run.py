@@ -1,0 +1,244 @@
+"""One verification: four levels, one answer, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tunesmith.adapter import Adapter
+from tunesmith.checkpoint import Checkpoint, weights_sha256
+from tunesmith.conversations import Conversation, built_in_prompts
+from tunesmith.errors import TunesmithError
+from tunesmith.models import VariantSet
+from tunesmith.progress import Cancellation, ProgressCallback, no_progress
+from tunesmith.record import Finding
+from tunesmith.runs import Run, checkpoint_of, tokenizer_dir
+from tunesmith.verify.assets import check_assets
+from tunesmith.verify.behaviour import ADAPTER, MERGED, check_behaviour, tolerated_share
+from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
+from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
+from tunesmith.verify.structure import check_structure
+from tunesmith.verify.weights import check_weights
+
+LEVELS: tuple[LevelName, ...] = ("structure", "assets", "weights", "behaviour")
+
+
+class Verification:
+    """The state of one verification, filled level by level.
+
+    Args:
+        run: the run.
+        merged_dir: the merged model.
+        base_dir: the base model's directory.
+        base_model: the base as it was asked for.
+        checkpoint: which adapter.
+        progress: told of the work's parts.
+        cancellation: read between tiles, prompts and tokens.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        merged_dir: Path,
+        *,
+        base_dir: Path,
+        base_model: str,
+        checkpoint: str | int,
+        progress: ProgressCallback,
+        cancellation: Cancellation,
+    ) -> None:
+        self.run = run
+        self.merged_dir = merged_dir
+        self.base_model = base_model
+        self.chosen = checkpoint_of(run, checkpoint)
+        self.adapter = Adapter(self.chosen.path)
+        self.base = Checkpoint(base_dir)
+        self.adapter.bind(self.base)
+        self.tokenizer_dir = tokenizer_dir(run, self.chosen, base_dir)
+        self.merged: Checkpoint | None = None
+        self.tensors: tuple[TensorVerdict, ...] = ()
+        self.behaviour: tuple[BehaviourRow, ...] = ()
+        self.dtype: str | None = None
+        self.progress = progress
+        self.cancellation = cancellation
+
+    def structure(self) -> list[Finding]:
+        """Level 1."""
+        self.merged, findings = check_structure(self.merged_dir, self.base)
+        return findings
+
+    def assets(self) -> list[Finding]:
+        """Level 2."""
+        return check_assets(self.merged_dir, self.base.path, self.tokenizer_dir)
+
+    def weights(self) -> list[Finding]:
+        """Level 3."""
+        if self.merged is None:
+            return [Finding(code="weights_unreadable", severity="error")]
+        self.tensors = check_weights(
+            self.merged, self.base, self.adapter, progress=self.progress, cancellation=self.cancellation
+        )
+        return [*self._base_identity(), *_weights_findings(self.tensors)]
+
+    def _base_identity(self) -> list[Finding]:
+        """Whether the base is, byte for byte, the one that training recorded."""
+        if self.run.base_sha256 is None:
+            return []
+        same = weights_sha256(self.base.path) == self.run.base_sha256
+        return [Finding(code="base_same" if same else "base_changed", severity="ok" if same else "error")]
+
+    def measure_behaviour(self, prompts: Sequence[Conversation], *, dtype: str, device: str) -> list[Finding]:
+        """Level 4."""
+        if self.merged is None or self.tokenizer_dir is None:
+            return [Finding(code="behaviour_unloadable", severity="error", params={"what": str(self.merged_dir.name)})]
+        self.dtype = dtype
+        variants = VariantSet.load(
+            self.base.path,
+            adapters={ADAPTER: Path(self.chosen.path)},
+            full={MERGED: self.merged_dir},
+            tokenizer_dir=self.tokenizer_dir,
+            dtype=dtype,
+            device=device,
+            progress=self.progress,
+        )
+        try:
+            self.behaviour, findings = check_behaviour(
+                variants,
+                prompts or built_in_prompts(),
+                tolerated_share=tolerated_share(self.tensors),
+                progress=self.progress,
+                cancellation=self.cancellation,
+            )
+        except TunesmithError as error:
+            return [Finding(code="behaviour_unloadable", severity="error", params={"what": error.what})]
+        return findings
+
+    def causes(self, levels: Sequence[Level]) -> list[Finding]:
+        """Why the answer is ``different``, the likeliest cause first."""
+        found = [finding for level in levels for finding in level.findings]
+        causes = diagnose_findings(found)
+        if self.merged is not None and self.tensors:
+            # Damaged or foreign adapters beside the chosen one explain nothing and are passed over.
+            others = [
+                (other.name, adapter)
+                for other in self.run.checkpoints
+                if other.name != self.chosen.name and (adapter := _readable(other.path))
+            ]
+            causes = diagnose_weights(self.tensors, self.merged, self.base, self.adapter, others) + causes
+        explained = [cause for cause in causes if cause.code != "cause_behaviour"]
+        return explained or causes
+
+
+def verify(
+    run: Run,
+    merged_dir: Path,
+    *,
+    base_dir: Path,
+    base_model: str,
+    checkpoint: str | int = "final",
+    levels: Sequence[str] = LEVELS,
+    prompts: Sequence[Conversation] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Verdict:
+    """Hold a merged model against its base and its adapter.
+
+    Args:
+        run: the run.
+        merged_dir: the merged model, by whatever tool.
+        base_dir: the base model's directory.
+        base_model: the base as it was asked for.
+        checkpoint: which of the run's adapters: ``final``, ``checkpoint-N`` or ``N``.
+        levels: which levels to look at; without ``weights`` the answer cannot be better than ``not_verified``.
+        prompts: for the behaviour level; empty for a built-in set.
+        dtype: of the behaviour level's arithmetic; float32 keeps its noise far below bf16's rounding of the weights.
+        device: where the behaviour level computes.
+        progress: told of the work's parts.
+        cancellation: read between tiles, prompts and tokens.
+
+    Returns:
+        The verdict; a merged model that is wrong is an answer, not an exception.
+
+    Raises:
+        TunesmithError: the run, its adapter or the base cannot be read, or do not fit each other.
+    """
+    work = Verification(
+        run,
+        merged_dir,
+        base_dir=base_dir,
+        base_model=base_model,
+        checkpoint=checkpoint,
+        progress=progress,
+        cancellation=cancellation or Cancellation(),
+    )
+    steps: dict[LevelName, Callable[[], list[Finding]]] = {
+        "structure": work.structure,
+        "assets": work.assets,
+        "weights": work.weights,
+        "behaviour": lambda: work.measure_behaviour(prompts, dtype=dtype, device=device),
+    }
+    done = []
+    for name in LEVELS:
+        started = time.monotonic()
+        # Structure is always looked at: the levels after it read what it opened.
+        asked = name in levels or name == "structure"
+        findings = steps[name]() if asked else []
+        status = _status(findings) if asked else "skipped"
+        done.append(Level(name=name, status=status, findings=tuple(findings), seconds=time.monotonic() - started))
+    answer = _answer(done, work.tensors)
+    return Verdict(
+        run=run.name,
+        merged=merged_dir.resolve().name,
+        checkpoint=work.chosen.name,
+        base_model=base_model,
+        answer=answer,
+        levels=tuple(done),
+        causes=tuple(work.causes(done)) if answer == "different" else (),
+        tensors=work.tensors,
+        behaviour=work.behaviour,
+        dtype=work.dtype,
+    )
+
+
+def _answer(levels: Sequence[Level], tensors: Sequence[TensorVerdict]) -> Answer:
+    failed = {level.name for level in levels if level.status == "fail"}
+    proven = any(level.name == "weights" and level.status == "pass" for level in levels)
+    if failed:
+        return "different"
+    if not proven:
+        return "not_verified"
+    exact = all(tensor.exact == tensor.elements for tensor in tensors)
+    return "identical" if exact else "equal_within_rounding"
+
+
+def _status(findings: Sequence[Finding]) -> Status:
+    severities = {finding.severity for finding in findings}
+    return "fail" if "error" in severities else "warn" if "warning" in severities else "pass"
+
+
+def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
+    counts = {
+        key: sum(getattr(tensor, key) for tensor in tensors)
+        for key in ("elements", "exact", "faithful", "twice_rounded", "outside")
+    }
+    touched = [tensor for tensor in tensors if tensor.module is not None]
+    changed = sum(tensor.elements for tensor in touched)
+    good = not counts["outside"]
+    findings = [
+        Finding(code="weights_proven" if good else "weights_outside", severity="ok" if good else "error", params=counts)
+    ]
+    if changed:
+        share = sum(tensor.unchanged for tensor in touched) / changed
+        params = {"share_unchanged": share, "tensors": len(touched)}
+        findings.append(Finding(code="weights_unchanged_share", severity="info", params=params))
+    return findings
+
+
+def _readable(path: str) -> Adapter | None:
+    try:
+        return Adapter(path)
+    except TunesmithError:
+        return None

@@ -1,0 +1,263 @@
+"""The report: complete, self-contained, and safe whatever a model wrote."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tunesmith.conversations import Conversation, Message
+from tunesmith.record import Finding
+from tunesmith.report import render_report, write_report
+from tunesmith.report.escaping import visible
+from tunesmith.runs import RunFile
+from tunesmith.verify import Verdict
+
+from .conftest import Parts
+
+HOSTILE = '<script>alert("x")</script>\x1b[31m\u202egnp.exe\u2066\x00</div>{{ 7*7 }}'
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Shape(HTMLParser):
+    """Counts elements, and checks that every one that is opened is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element."""
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element that closes itself, as SVG's do."""
+
+    def handle_endtag(self, tag: str) -> None:
+        """Match an end with its beginning."""
+        assert self.open.pop() == tag
+
+
+def shape_of(document: str) -> Shape:
+    """The shape of a document whose tags are all matched."""
+    shape = Shape()
+    shape.feed(document)
+    assert shape.open == []
+    return shape
+
+
+def hostile(parts: Parts) -> Parts:
+    """The same report, with the hostile text wherever somebody else chooses the text."""
+    run, comparison, merged, verdict = parts["run"], parts["comparison"], parts["merged"], parts["verdict"]
+    adapter = parts["adapter"]
+    assert comparison is not None
+    assert merged is not None
+    assert verdict is not None
+    assert adapter is not None
+    asked = Conversation(
+        id=HOSTILE,
+        messages=tuple(
+            Message(role=role, content=HOSTILE) for role in ("system", "user", "assistant", "user", "assistant")
+        ),
+    )
+    replies = tuple(reply.model_copy(update={"text": HOSTILE + reply.variant}) for reply in comparison.replies[:2])
+    rows = tuple(
+        row.model_copy(update={"question": HOSTILE, "adapter_text": HOSTILE, "same_text": False})
+        for row in verdict.behaviour
+    )
+    bad_file = RunFile(path=f"{HOSTILE}/{HOSTILE}", size_bytes=1, kind="unknown", needed_for="unknown")
+    modules = tuple(
+        module.model_copy(update={"module": f"layers.{index}.{HOSTILE}"})
+        for index, module in enumerate(adapter.modules)
+    )
+    tensors = tuple(
+        tensor.model_copy(update={"name": HOSTILE, "module": f"layers.{index}.{HOSTILE}"})
+        for index, tensor in enumerate(verdict.tensors)
+    )
+    cause = Finding(code="cause_other_checkpoint", severity="error", params={"checkpoint": f"`{HOSTILE}`"})
+    return {
+        "run": run.model_copy(
+            update={
+                "path": f"/tmp/{HOSTILE}",  # noqa: S108 - a name, not a file
+                "base_model": HOSTILE,
+                "files": (*run.files, bad_file),
+                "hyperparameters": {HOSTILE: HOSTILE, f"version_{HOSTILE}": HOSTILE, "dataset": HOSTILE},
+                "findings": (Finding(code="file_unreadable", severity="warning", params={"file": HOSTILE}),),
+            }
+        ),
+        "adapter": adapter.model_copy(update={"refusal": HOSTILE, "modules": modules, "target_modules": (HOSTILE,)}),
+        "comparison": comparison.model_copy(
+            update={
+                "prompts": (asked,),
+                "replies": tuple(reply.model_copy(update={"prompt_id": HOSTILE}) for reply in replies),
+            }
+        ),
+        "merged": merged.model_copy(update={"plan": merged.plan.model_copy(update={"out": HOSTILE})}),
+        "verdict": verdict.model_copy(
+            update={"behaviour": rows, "tensors": tensors, "merged": HOSTILE, "answer": "different", "causes": (cause,)}
+        ),
+    }
+
+
+def test_a_complete_report_shows_every_part(parts: Parts) -> None:
+    """Each section is there, with figures from the records."""
+    document = render_report(**parts)
+    sections = re.findall(r'<section[^>]* id="([a-z]+)"', document)
+    assert sections == [
+        "verdict",
+        "effect",
+        "outputs",
+        "run",
+        "loss",
+        "checkpoints",
+        "files",
+        "merge",
+        "verification",
+    ]
+    for piece in ("39.2%", "40 of 40", "e2d1b4b7a1c0f7c4", "checkpoint-40", "4.88 M", "有差异但可接受", "Passed"):
+        assert piece in document
+    assert shape_of(document).seen["script"] == 1
+
+
+def test_a_failed_verification_leads_with_its_cause_and_the_next_command(parts: Parts, bad_verdict: Verdict) -> None:
+    """Who reads only the banner knows what is wrong and what to type."""
+    document = render_report(**{**parts, "verdict": bad_verdict})
+    banner = document.split('id="verdict"')[1].split("</section>")[0]
+    assert "Different" in banner
+    assert "94 adapted modules were left out" in banner
+    assert "tunesmith verify /root/autodl-tmp/models/security007 /root/autodl-tmp/save/" in banner
+    assert "chat_template.jinja" in banner
+
+
+@pytest.mark.parametrize("missing", ["adapter", "comparison", "merged", "verdict"])
+def test_a_missing_part_becomes_a_hint_with_its_command(parts: Parts, missing: str) -> None:
+    """The report says what would add the part, instead of failing or staying silent."""
+    document = render_report(**{**parts, missing: None})  # type: ignore[arg-type]
+    verb = {"adapter": "report", "comparison": "report", "merged": "report", "verdict": "verify"}[missing]
+    assert f"tunesmith {verb} /root/autodl-tmp/models/security007" in document
+    shape_of(document)
+
+
+def test_a_report_of_a_run_alone_renders(parts: Parts) -> None:
+    """A run without log, checkpoints or files is still a report."""
+    bare = parts["run"].model_copy(
+        update={"log": (), "checkpoints": (), "files": (), "hyperparameters": {}, "metrics": {}, "base_model": None}
+    )
+    document = render_report(run=bare, adapter=None, comparison=None, merged=None, verdict=None)
+    assert "Not verified" in document
+    assert "tunesmith merge /root/autodl-tmp/models/security007 --out DIR" in document
+    shape_of(document)
+
+
+def test_a_comparison_without_scores_or_base_renders(parts: Parts) -> None:
+    """One variant alone has replies, no difference, and no judgement."""
+    comparison = parts["comparison"]
+    assert comparison is not None
+    unscored = comparison.model_copy(update={"scores": ()})
+    assert "tunesmith compare /root/autodl-tmp/models/security007 --data FILE" in render_report(
+        **{**parts, "comparison": unscored}
+    )
+    alone = comparison.model_copy(
+        update={
+            "variants": comparison.variants[1:],
+            "scores": (comparison.scores[2].model_copy(update={"difference": None, "better_rows": None}),),
+        }
+    )
+    assert "No base to compare with" in render_report(**{**parts, "comparison": alone})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(-1.3, -1.1, "Yes"), (-0.1, 0.2, "Cannot tell"), (0.1, 0.3, "No, it got worse"), (None, None, "Cannot tell")],
+)
+def test_the_effect_is_judged_by_its_whole_interval(
+    parts: Parts, low: float | None, high: float | None, word: str
+) -> None:
+    """Only an interval on one side of zero is an answer."""
+    comparison = parts["comparison"]
+    assert comparison is not None
+    score = comparison.scores[2].model_copy(update={"difference_low": low, "difference_high": high})
+    document = render_report(
+        **{**parts, "comparison": comparison.model_copy(update={"scores": (comparison.scores[0], score)})}
+    )
+    assert f'<span lang="en">{word}</span>' in document
+
+
+def test_differing_words_are_marked_on_their_own_side(parts: Parts) -> None:
+    """What only the base said is struck through; what only the fine-tune said is underlined."""
+    document = render_report(**parts)
+    assert "<del>You should</del> remove the links" in document
+    assert "<ins>Do now:</ins> remove the links" in document
+
+
+def test_a_cut_reply_is_marked_and_its_remedy_named(parts: Parts) -> None:
+    """The difference to a reply that the limit cut is not the model's."""
+    document = render_report(**parts)
+    assert document.count("stop-length") > 1
+    assert "--max-new-tokens 256" in document
+
+
+def test_hostile_text_is_shown_and_never_obeyed(parts: Parts) -> None:
+    """Markup, terminal escapes, bidirectional overrides and NULs lose their power wherever they come from."""
+    document = render_report(**hostile(parts))
+    assert shape_of(document).seen["script"] == 1
+    assert "<script>alert" not in document
+    assert "&lt;script&gt;alert" in document
+    assert not set("\x00\x1b\u202e\u2066") & set(document)
+    for shown in ("␛[31m", "⟨U+202E⟩", "⟨U+2066⟩", "␀", "{{ 7*7 }}"):
+        assert shown in document
+
+
+def test_only_the_reports_own_script_may_run(parts: Parts) -> None:
+    """The content security policy names the script by its hash and forbids everything else."""
+    document = render_report(**parts)
+    script = document.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in document
+
+
+def test_the_report_refers_to_no_other_origin(parts: Parts) -> None:
+    """Nothing but SVG's name spaces looks like an address."""
+    document = render_report(**parts)
+    assert set(re.findall(r"https?://[^\s\"'<)]+", document)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not re.search(r"<link|@import|<img|<iframe|url\((?!#)", document)
+
+
+def test_joiners_that_scripts_need_are_kept() -> None:
+    """Emoji, Persian and Indic text rely on joiners; ordinary text is untouched."""
+    for kept in ("👩‍🔧", "می\u200cخواهم", "中文，全角\u3000空格", "a\tb\nc", "naïve é"):
+        assert visible(kept) == kept
+    assert visible("a\r\nb\rc") == "a\nb␍c"
+    assert visible("\ud800\ufeff") == "⟨U+D800⟩⟨U+FEFF⟩"
+
+
+def test_the_report_is_written_whole_and_leaves_nothing_beside(parts: Parts, tmp_path: Path) -> None:
+    """The file appears under its name only when it is complete."""
+    written = write_report(tmp_path / "report.html", **parts)
+    assert written.read_text("utf-8").endswith("</html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_report_of_the_same_records_is_the_same_file(parts: Parts) -> None:
+    """No clock and no chance goes into it, so two reports can be compared."""
+    assert render_report(**parts) == render_report(**parts)
+
+
+def test_importing_the_room_loads_neither_jinja_nor_the_chart_engine() -> None:
+    """The command line starts fast: what only a report needs is loaded by the report."""
+    program = "import sys, tunesmith.report; print([n for n in ('jinja2', 'vl_convert', 'torch') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
