@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from tiny_models import TinyRun, chat, row
 
+from tests.tiny_models import TinyRun, chat, row
 from tunesmith.compare import Comparison, VariantInfo, compare, mean_interval, summarize
 from tunesmith.conversations import Conversation
 from tunesmith.errors import Cancelled, DataError

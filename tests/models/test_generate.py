@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_models import SPECIAL, WINDOW, TinyRun, build_tokenizer, chat, edit_json
 
+from tests.tiny_models import SPECIAL, WINDOW, TinyRun, build_tokenizer, chat, edit_json
 from tunesmith.conversations import Message, encode_prompt
 from tunesmith.errors import DataError, PromptError
 from tunesmith.models import Generation, GenerationSettings, VariantSet, generate

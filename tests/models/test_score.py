@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import WINDOW, build_base, build_tokenizer, row
 
+from tests.tiny_models import WINDOW, build_base, build_tokenizer, row
 from tunesmith.conversations import Conversation, encode
 from tunesmith.errors import Cancelled, CheckpointError, DataError, PromptError
 from tunesmith.models import RowScore, VariantSet, score, token_logits

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import TinyRun, build_adapter, build_base, build_tokenizer, edit_json, peft_alone
 from transformers import LlamaForCausalLM
 
+from tests.tiny_models import TinyRun, build_adapter, build_base, build_tokenizer, edit_json, peft_alone
 from tunesmith.errors import (
     AdapterError,
     AdapterMismatchError,

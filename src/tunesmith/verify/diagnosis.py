@@ -17,32 +17,35 @@ _ASKED_ROWS = 64
 _FEW_ELEMENTS = 64
 _EXPLAINS = 0.02  # a hypothesis is taken where it leaves at most this share of what was outside
 
-_ASSET_CAUSES = {
+# What the findings of the other levels mean as a cause; the weights' causes take more asking.
+_CAUSE_OF = {
+    "structure_broken": "cause_structure",
+    "tensors_missing": "cause_structure",
+    "tensors_extra": "cause_structure",
+    "shape_differs": "cause_structure",
+    "dtype_unknown": "cause_structure",
+    "base_changed": "cause_base_changed",
     "tokenizer_differs": "cause_tokenizer",
     "tokenizer_missing_in_merged": "cause_tokenizer",
     "chat_template_differs": "cause_chat_template",
     "chat_template_missing": "cause_chat_template",
     "config_differs": "cause_config",
-    "config_unreadable": "cause_config",
+    "config_unreadable": "cause_config_unreadable",
     "generation_config_differs": "cause_generation_config",
-    "base_changed": "cause_base_changed",
+    "behaviour_far": "cause_behaviour",
+    "behaviour_unloadable": "cause_behaviour",
+    "behaviour_prompt_ids_differ": "cause_behaviour",
 }
 
 
 def diagnose_findings(findings: Iterable[Finding]) -> list[Finding]:
-    """Causes that the structure, assets and behaviour levels name by themselves."""
-    causes: list[Finding] = []
+    """Causes that the findings of the structure, assets and behaviour levels name by themselves, each once."""
+    causes: dict[str, Finding] = {}
     for finding in findings:
-        if finding.severity != "error":
-            continue
-        code = _ASSET_CAUSES.get(finding.code, "cause_structure" if "what" in finding.params else None)
-        if finding.code in ("tensors_missing", "tensors_extra", "shape_differs", "dtype_unknown"):
-            code = "cause_structure"
-        if finding.code.startswith("behaviour"):
-            code = "cause_behaviour"
-        if code and code not in (cause.code for cause in causes):
-            causes.append(Finding(code=code, severity="error", params=finding.params))
-    return causes
+        code = _CAUSE_OF.get(finding.code)
+        if finding.severity == "error" and code is not None:
+            causes.setdefault(code, Finding(code=code, severity="error", params=finding.params))
+    return list(causes.values())
 
 
 def diagnose_weights(

@@ -1,10 +1,15 @@
-"""The tiny run, made once a session, and its variants, loaded once."""
+"""What several rooms' tests share: offline libraries, a cache of their own, and one tiny run made once a session."""
 
 from __future__ import annotations
 
-import pytest
-from tiny_models import TinyRun, build_run
+import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+from tests.tiny_models import TinyRun, build_run
 from tunesmith.models import VariantSet
 
 
