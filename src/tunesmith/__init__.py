@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.api import verify as verify
     from tunesmith.api import write_comparison as write_comparison
     from tunesmith.compare import Comparison as Comparison
+    from tunesmith.compare import Reply as Reply
     from tunesmith.compare import to_markdown as to_markdown
     from tunesmith.compare import word_diff as word_diff
     from tunesmith.conversations import Conversation as Conversation
@@ -80,6 +81,7 @@ _HOME = {
     "Merged": "merge",
     "Message": "conversations",
     "Progress": "progress",
+    "Reply": "compare",
     "Report": "api",
     "Run": "runs",
     "TunesmithError": "errors",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, describe
-from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, weights_sha256
+from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
 from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, DataError, OutputError
 from tunesmith.merge import Merged
-from tunesmith.models import BASE, ComputeDtype, GenerationSettings, VariantSet
+from tunesmith.models import BASE, ComputeDtype, GenerationSettings, VariantSet, dtype_name
 from tunesmith.models import compute_dtype as measure_compute_dtype
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Record
@@ -286,7 +287,7 @@ def verify(
     checkpoint: str | int = FINAL,
     levels: Sequence[str] | None = None,
     prompts: Prompts | None = None,
-    dtype: str = "float32",
+    dtype: str = "fp32",
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Verdict:
@@ -324,7 +325,10 @@ def verify(
         )
     base_name, base_dir = base_of(run, checkpoint_of(run, checkpoint), base, progress=progress)
     rows = _rows(prompts) if prompts is not None else held_out_rows(run)
-    compute = compute_dtype(dtype)
+    # Only the behaviour level computes; the others need no torch, which takes seconds to load.
+    compute = compute_dtype(dtype) if "behaviour" in levels else None
+    if compute is None and dtype != "auto":
+        dtype_name(dtype)
     return verify_merged(
         run,
         target,
@@ -333,8 +337,7 @@ def verify(
         checkpoint=checkpoint,
         levels=levels,
         prompts=rows,
-        dtype=compute.dtype,
-        device=compute.device,
+        **({"dtype": compute.dtype, "device": compute.device} if compute else {}),
         progress=progress,
         cancellation=cancellation,
     )
@@ -378,7 +381,7 @@ def report(
 
     Args:
         run: a run, or its directory.
-        out: the HTML file.
+        out: the HTML file; its name ends in ``.html``.
         merged: what :func:`merge` returned, or the merged model's directory; None where there is none yet.
         base: the base model; None for the one that the adapter names.
         checkpoint: which adapter it is about.
@@ -394,18 +397,19 @@ def report(
         OutputError: ``out`` cannot be written.
     """
     run = as_run(run)
-    target = output_file(out)
+    target = output_file(out, suffixes=(".html",))
     chosen = checkpoint_of(run, checkpoint).name
+    # All files first: a wrong one is not to be found out after minutes of work.
     if merge_record is not None:
         merged = Merged.read(merge_record)
-    if comparison is None:
-        comparison = compare(run, (BASE, chosen), base=base, dtype=dtype, progress=progress, cancellation=cancellation)
-    elif not isinstance(comparison, Comparison):
+    if comparison is not None and not isinstance(comparison, Comparison):
         comparison = Comparison.read(comparison)
+    if verdict is not None and not isinstance(verdict, Verdict):
+        verdict = Verdict.read(verdict)
     if verdict is None and merged is not None:
         verdict = verify(run, merged, base=base, checkpoint=checkpoint, progress=progress, cancellation=cancellation)
-    elif verdict is not None and not isinstance(verdict, Verdict):
-        verdict = Verdict.read(verdict)
+    if comparison is None:
+        comparison = compare(run, (BASE, chosen), base=base, dtype=dtype, progress=progress, cancellation=cancellation)
     result = Report(
         path=str(target),
         run=run,
@@ -414,14 +418,15 @@ def report(
         merged=merged if isinstance(merged, Merged) else None,
         verdict=verdict,
     )
-    write_html(
-        target,
-        run=run,
-        adapter=result.adapter,
-        comparison=comparison,
-        merged=result.merged,
-        verdict=verdict,
-    )
+    with _writing(target):
+        write_html(
+            target,
+            run=run,
+            adapter=result.adapter,
+            comparison=comparison,
+            merged=result.merged,
+            verdict=verdict,
+        )
     return result
 
 
@@ -432,12 +437,28 @@ def write_comparison(comparison: Comparison, run: Run | StrPath, out: StrPath) -
         OutputError: another name, or a place that cannot be written.
     """
     target = output_file(out, suffixes=(".json", ".md", ".html"))
-    if target.suffix == ".json":
-        return comparison.write(target)
-    if target.suffix == ".md":
-        target.write_text(to_markdown(comparison), encoding="utf-8")
-        return target
-    return write_html(target, run=as_run(run), adapter=None, comparison=comparison, merged=None, verdict=None)
+    with _writing(target) as beside:
+        if target.suffix == ".json":
+            comparison.write(target)
+        elif target.suffix == ".md":
+            beside.write_text(to_markdown(comparison), encoding="utf-8")
+            beside.replace(target)
+        else:
+            write_html(target, run=as_run(run), adapter=None, comparison=comparison, merged=None, verdict=None)
+    return target
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[Path]:
+    """Name the file to write beside ``target``; a failed write leaves none of it and is the user's to mend."""
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        yield beside
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(error, target) from error
+        raise
 
 
 def output_file(out: StrPath, *, suffixes: Sequence[str] = ()) -> Path:

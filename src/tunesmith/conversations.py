@@ -102,11 +102,12 @@ def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
         DataError: the file is absent, empty, not UTF-8, or has a row of no known format (all such rows are named).
     """
     source = Path(path)
+    # Lines end at "\n", as in JSON Lines; str.splitlines would also cut at U+2028 and its like, within a text.
     text = _read_text(source)
     if source.suffix == ".txt":
-        rows: list[object] = [line for line in text.splitlines() if line.strip()]
+        rows: list[object] = [line for line in text.split("\n") if line.strip()]
     elif source.suffix == ".jsonl":
-        rows = [_parse_json(line, source, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_parse_json(line, source, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     elif source.suffix == ".json":
         document = _parse_json(text, source, 1)
         if not isinstance(document, list):
@@ -231,7 +232,7 @@ def _parse_json(text: str, source: Path, line: int) -> object:
 
 def _messages_of(row: object) -> Iterable[Message]:
     if isinstance(row, str):
-        return [Message(role="user", content=row)]
+        return _pair(row, None)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     if "messages" in row:
@@ -239,10 +240,11 @@ def _messages_of(row: object) -> Iterable[Message]:
     if "conversations" in row:
         return [*_system(row), *_turns(row["conversations"], "from", "value")]
     if "instruction" in row:
-        question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        parts = [part for part in (row["instruction"], row.get("input")) if part]
+        question = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
         return [*_system(row), *_pair(question, row.get("output"))]
     if isinstance(row.get("prompt"), list):
-        return _turns([*row["prompt"], *row.get("completion", [])], "role", "content")
+        return _turns(row["prompt"] + _completion(row), "role", "content")
     if "prompt" in row:
         return [*_system(row), *_pair(row["prompt"], row.get("completion"))]
     raise ValueError(f"no known keys among {', '.join(map(str, row)) or 'none'}")
@@ -258,7 +260,17 @@ def _pair(question: object, answer: object) -> list[Message]:
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
-    return [Message(role="system", content=row["system"])] if row.get("system") else []
+    text = row.get("system")
+    if text and not isinstance(text, str):
+        raise ValueError("the system text is not text")
+    return [Message(role="system", content=text)] if text else []
+
+
+def _completion(row: dict[str, Any]) -> list[Any]:
+    turns = row.get("completion") or []
+    if not isinstance(turns, list):
+        raise ValueError("the prompt is a list of turns, the completion is not")
+    return turns
 
 
 def _turns(turns: object, role_key: str, text_key: str) -> list[Message]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, OutputError
 
 SCHEMA_VERSION = 1
 
@@ -32,11 +33,24 @@ class Record(Part):
         return self.model_dump_json(indent=2) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the record to ``path`` whole or not at all."""
+        """Write the record to ``path`` whole or not at all.
+
+        Raises:
+            OutputError: the place cannot be written; nothing is left behind.
+        """
         target = Path(path)
         beside = target.with_name(f".{target.name}.partial")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        beside.replace(target)
+        try:
+            beside.write_text(self.to_json(), encoding="utf-8")
+            beside.replace(target)
+        except BaseException as error:
+            with suppress(OSError):
+                beside.unlink()
+            if isinstance(error, OSError):
+                raise OutputError(
+                    f"The {type(self).__name__} record cannot be written.", where=path, found=error.strerror or error
+                ) from error
+            raise
         return target
 
     @classmethod

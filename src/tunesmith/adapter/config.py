@@ -125,9 +125,12 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[st
         raise AdapterError("A pattern table is not one.", where=field, expected="an object", found=_short(table))
     try:
         # PEFT's own matching: the pattern is the module's name or its end.
-        return [(re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in table.items()]
+        patterns = [(re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in table.items()]
     except (re.error, TypeError, ValueError) as error:
         raise AdapterError("A pattern cannot be read.", where=field, found=error) from error
+    if not all(math.isfinite(value) for _, value in patterns):
+        raise AdapterError("A pattern's value is not a finite number.", where=field, found=_short(table))
+    return patterns
 
 
 def _number(config: Mapping[str, Any], field: str) -> float:

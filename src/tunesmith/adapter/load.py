@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import numpy as np
 
 from tunesmith.adapter.config import Scaling, refusals
 from tunesmith.adapter.records import LowRank
-from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint, Float64, as_float64, read_header, read_json_object, read_rows
+from tunesmith.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    Float64,
+    TensorInfo,
+    as_float64,
+    read_header,
+    read_json_object,
+    read_rows,
+)
 from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
 from tunesmith.record import Finding
 
@@ -22,7 +32,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
 # Architectures whose linear layers are Conv1D, stored as (in, out): a square one would fit either way.
-_CONV1D_MODELS = {"decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+_CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 
 _UNMERGEABLE_TENSORS = (
     ("lora_embedding_", "an adapter on an embedding"),
@@ -122,25 +132,27 @@ class Adapter:
         """
         self.require_mergeable()
         _check_base_form(base)
-        problems = [problem for update in self.updates if (problem := self._misfit(update, base))]
-        if problems:
+        tensors = base.tensors
+        strays = [(update, problem) for update in self.updates if (problem := self._misfit(update, base, tensors))]
+        if strays:
+            # To look for the nearest name is slow, so that is done for the names that are shown.
+            problems = [problem + _nearest(update.name, tensors) for update, problem in strays[:8]]
             raise AdapterMismatchError(
-                f"The adapter does not fit this base model: {len(problems)} of {len(self.updates)} have no place.",
+                f"The adapter does not fit this base model: {len(strays)} of {len(self.updates)} have no place.",
                 where=self.path,
                 expected=f"base model {self.base_model}" if self.base_model else None,
                 found=f"base model {base.path}",
-                details=problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else []),
+                details=problems + ([f"… and {len(strays) - 8} more"] if len(strays) > 8 else []),
                 next_step="pass --base with the model that was tuned",
             )
         return self.updates
 
-    def _misfit(self, update: LowRank, base: Checkpoint) -> str | None:
-        tensors = base.tensors
+    def _misfit(self, update: LowRank, base: Checkpoint, tensors: dict[str, TensorInfo]) -> str | None:
+        # A loader of a tied model takes the embedding for the head, even where the file holds a head.
+        if update.module.endswith("lm_head") and base.config.get("tie_word_embeddings"):
+            return f"{update.name}: the base's head is tied to its embedding, which cannot be merged here yet"
         if update.name not in tensors:
-            if update.module.endswith("lm_head") and base.config.get("tie_word_embeddings"):
-                return f"{update.name}: the base's head is tied to its embedding, which cannot be merged here yet"
-            near = difflib.get_close_matches(update.name, tensors, n=1, cutoff=0.5)
-            return f"{update.name}: not in the base" + (f" (nearest: {near[0]})" if near else "")
+            return f"{update.name}: not in the base"
         info = tensors[update.name]
         shape = (self.header.tensors[update.lora_B].shape[0], self.header.tensors[update.lora_A].shape[1])
         if info.shape != shape:
@@ -155,7 +167,14 @@ class Adapter:
             match = _FACTOR.fullmatch(name)
             reason = next((reason for mark, reason in _UNMERGEABLE_TENSORS if mark in name), None)
             if match and not reason:
-                pairs.setdefault(match["module"], {})[match["factor"]] = name
+                pair = pairs.setdefault(match["module"], {})
+                if match["factor"] in pair:
+                    raise AdapterError(
+                        "Two tensors are the same factor of one module.",
+                        where=self.header.path,
+                        details=[pair[match["factor"]], name],
+                    )
+                pair[match["factor"]] = name
             else:
                 self.refusals.append(f"{name}: {reason or 'a tensor that this version does not know'}")
         halves = [module for module, pair in pairs.items() if len(pair) != 2]
@@ -176,6 +195,13 @@ class Adapter:
                 where=f"{self.header.path}: {module}",
                 expected="A of (r, in) and B of (out, r)",
                 found=f"A of {list(a.shape)} and B of {list(b.shape)}",
+            )
+        if a.dtype not in FLOAT_DTYPES or b.dtype not in FLOAT_DTYPES:
+            raise AdapterError(
+                "A factor is stored in a dtype that cannot be computed with here.",
+                where=f"{self.header.path}: {module}",
+                expected=", ".join(FLOAT_DTYPES),
+                found=f"A of {a.dtype} and B of {b.dtype}",
             )
         r = a.shape[0]
         if r != scaling.rank(module):
@@ -204,6 +230,12 @@ class Adapter:
                 next_step="load it where you trust it and save it again with safe_serialization=True",
             )
         return AdapterError("The adapter's weights are missing.", where=self.path, expected=ADAPTER_WEIGHTS)
+
+
+def _nearest(name: str, tensors: Iterable[str]) -> str:
+    known = list(tensors)
+    near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (nearest: {near[0]})" if near else ""
 
 
 def _check_base_form(base: Checkpoint) -> None:

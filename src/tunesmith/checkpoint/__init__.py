@@ -21,7 +21,6 @@ from tunesmith.checkpoint.tensors import (
     Array,
     Float64,
     as_float64,
-    keep_freed_memory,
     stored_array,
 )
 
@@ -40,7 +39,6 @@ __all__ = [
     "check_free_space",
     "check_out_dir",
     "copy_range",
-    "keep_freed_memory",
     "locate_base",
     "read_header",
     "read_json_object",

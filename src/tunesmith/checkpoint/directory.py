@@ -101,9 +101,10 @@ class Checkpoint:
 
     def _read_shards(self, index: Path) -> dict[str, Header]:
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        named = isinstance(weight_map, dict) and all(isinstance(value, str) for value in weight_map.values())
+        if not isinstance(weight_map, dict) or not named or not weight_map:
             raise CheckpointError("The index has no weight_map.", where=index, expected="names mapped to file names")
-        escaping = sorted({shard for shard in weight_map.values() if Path(shard).name != shard})
+        escaping = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or shard in ("", "..")})
         if escaping:
             raise CheckpointError("The index names files outside its directory.", where=index, details=escaping[:10])
         shards = {shard: read_header(self.path / shard) for shard in dict.fromkeys(weight_map.values())}

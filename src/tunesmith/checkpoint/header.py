@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
+    except ValueError as error:  # an index may name what no file system can
+        raise CheckpointError("The file's name is not one.", where=repr(str(source)), found=error) from error
     entries = _parse_object(source, raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -128,12 +132,20 @@ def _parse_object(source: Path, raw: bytes) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise _broken(source, "a header that starts with '{'", raw[:16])
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=_integer)
+        if b"\\u" in raw:  # half a surrogate pair is no text, though Python reads it
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise _broken(source, "a JSON header", error) from error
     if not isinstance(document, dict):
         raise _broken(source, "a JSON object", type(document).__name__)
     return document
+
+
+def _integer(digits: str) -> int:
+    if digits == "-0":  # a float to every other reader of the format
+        raise ValueError("-0 is not an integer")
+    return int(digits)
 
 
 def _is_count(value: object) -> bool:
@@ -150,6 +162,8 @@ def _tensor(source: Path, name: str, entry: object, data_start: int) -> TensorIn
         raise _broken(source, f"a shape of non-negative integers for {name!r}", shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _broken(source, f"two data_offsets for {name!r}", offsets)
+    if max(accumulate(shape, operator.mul), default=1) * DTYPE_BITS[dtype] >= 2**64:
+        raise _broken(source, f"a shape of fewer than 2⁶⁴ bits for {name!r}", shape)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise _broken(source, f"{bits / 8:g} bytes for {name!r} ({dtype} {shape})", f"{offsets[1] - offsets[0]} bytes")

@@ -45,11 +45,9 @@ def locate_base(
     """
     if name_or_path == EMBEDDED_NAME:
         return embedded_model(cache_dir(), make=fetch, progress=progress)
-    for folder in (Path(name_or_path).expanduser(), *([relative_to / name_or_path] if relative_to else [])):
-        if folder.is_dir():
-            return folder
-        if folder.exists():
-            raise BaseModelError("The base model is a file.", where=folder, expected="a directory, or a hub id")
+    folder = _folder(name_or_path, relative_to)
+    if folder is not None:
+        return folder
     if _HUB_ID.fullmatch(name_or_path):
         return _from_hub(name_or_path, fetch=fetch)
     raise BaseModelError(
@@ -58,6 +56,20 @@ def locate_base(
         expected=f"a directory, a hub id such as org/name, or {EMBEDDED_NAME!r}",
         next_step="pass --base with the directory of the model that was tuned",
     )
+
+
+def _folder(name_or_path: str, relative_to: Path | None) -> Path | None:
+    if not name_or_path:
+        return None
+    try:
+        for folder in (Path(name_or_path).expanduser(), *([relative_to / name_or_path] if relative_to else [])):
+            if folder.is_dir():
+                return folder
+            if folder.exists():
+                raise BaseModelError("The base model is a file.", where=folder, expected="a directory, or a hub id")
+    except (OSError, RuntimeError):  # too long a name, or an unknown user's home: no folder
+        pass
+    return None
 
 
 def _from_hub(name: str, *, fetch: bool) -> Path:

@@ -179,19 +179,22 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _swap(stage: Path, target: Path, *, force: bool) -> None:
-    aside: Path | None = None
-    if force and target.is_dir() and any(target.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-        target.rename(aside)
-    try:
+    if not (force and target.is_dir() and any(target.iterdir())):
         stage.rename(target)
-    except OSError:
-        if aside is not None:
+        _fsync(target.parent)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    try:
+        target.rename(aside)
+        stage.rename(target)
+        _fsync(target.parent)
+    finally:  # whatever stopped it: the old one is deleted only where the new one is in its place
+        if not target.exists():
             aside.rename(target)
-        raise
-    _fsync(target.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+        elif not stage.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        elif not any(aside.iterdir()):
+            aside.rmdir()
 
 
 def _fsync(path: Path) -> None:

@@ -35,16 +35,7 @@ def stored_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 
 def as_float64(stored: Array, dtype: str) -> Float64:
     """The numbers that :func:`stored_array` views, exactly, in float64."""
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
-
-
-def keep_freed_memory() -> None:
-    """Let the C allocator keep what tile arithmetic frees, instead of handing every temporary back to the kernel.
-
-    glibc raises its threshold for returning memory to the size of the largest block that was ever freed, up to 32 MiB
-    (mallopt(3), M_MMAP_THRESHOLD).  Without this, faulting the same pages in again is three quarters of a merge's time
-    on a virtual machine; elsewhere it costs nothing.
-    """
-    np.empty(31 << 20, np.uint8)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        if dtype == "BF16":
+            return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return stored.astype(np.float64)

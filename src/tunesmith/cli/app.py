@@ -1,23 +1,63 @@
 """The program: its verbs, its exit codes, and what happens to an error.
 
 Exit codes: 0 done and good, 1 our bug (with a traceback), 2 the user can mend it, 3 it ran and the answer is *no*,
-130 interrupted.
+130 interrupted.  Where the reader of a pipe has gone it is 141, as for any program.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from tunesmith.cli import chat, compare, demo, doctor, inspect, merge, report, train, verify
 
+# What a user can mend, wherever it strikes; any other OSError that escapes is our bug.
+_OUTSIDE = {
+    errno.ENOSPC: "There is no space left to write to.",
+    errno.EDQUOT: "There is no space left to write to.",
+    errno.EFBIG: "A file may not grow as large as it must.",
+    errno.EACCES: "A file may not be read or written.",
+    errno.EPERM: "A file may not be read or written.",
+    errno.EROFS: "The file system is read-only.",
+}
+
+
+# As the shell reports it of any program whose reader has ended; 0 would make ``verify ... | head -1`` a good answer.
+_READER_GONE = 141
+
+
+class _Interrupted(Exception):  # noqa: N818 - stopping on request is no error
+    """Ctrl-C or SIGTERM, in a form that Typer does not answer in its own way."""
+
+
+class _ReaderGone(Exception):  # noqa: N818 - nobody reads on, which is no error
+    """Standard output was a pipe, and its reader has ended."""
+
+
+class _Program(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
+
+
 app = typer.Typer(
     name="tunesmith",
+    cls=_Program,
     help="Use, prove and ship a LoRA fine-tune.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,26 +102,44 @@ def main() -> NoReturn:
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show, on stderr, once
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Interrupted):
         _stopped()
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:
-        from tunesmith.errors import Cancelled, TunesmithError
-
-        if isinstance(error, Cancelled):
-            _stopped()
-        if not isinstance(error, TunesmithError):
-            raise
-        from tunesmith.cli.output import show_error
-
-        show_error(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+    except (BrokenPipeError, _ReaderGone):
+        _drop_output()
+        sys.exit(_READER_GONE)
+    except Exception as error:  # noqa: BLE001 - what is not the user's to mend is raised again
+        _fail(error)
     sys.exit(0)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Show an error that the user can mend; let any other one escape with its traceback."""
+    from tunesmith.errors import Cancelled, TunesmithError
+
+    if isinstance(error, Cancelled):
+        _stopped()
+    if isinstance(error, OSError) and error.errno in _OUTSIDE:
+        _drop_output()
+        error = TunesmithError(_OUTSIDE[error.errno], where=error.filename, found=error.strerror)
+    if not isinstance(error, TunesmithError):
+        raise error
+    from tunesmith.cli.output import show_error
+
+    show_error(error, as_json="--json" in sys.argv)
+    sys.exit(error.exit_code)
+
+
+def _drop_output() -> None:
+    """Throw away what standard output could not take, lest Python tries again on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated
 
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, DtypeOption, JsonOption, RunArgument
-from tunesmith.cli.output import clean, console, progress_bar
+from tunesmith.cli.options import BaseOption, DtypeOption, RunArgument
+from tunesmith.cli.output import console, print_json, progress_bar
 
 
 def chat(
@@ -29,9 +29,9 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the sampling.")] = 0.9,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a reply, on one line.")] = False,
 ) -> None:
     """Talk to the tuned model, a checkpoint, or the base model.
 
@@ -55,11 +55,21 @@ def chat(
 def _questions(prompt: str | None, name: str) -> Iterator[str]:
     if prompt is not None:
         yield prompt
-    elif not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+    elif sys.stdin.isatty():
+        yield from _typed(name)
     else:
-        screen = console(stderr=True)
-        screen.print(f"Talking to {name}. An empty line ends.", style="dim", markup=False)
+        try:
+            yield from (line.strip() for line in sys.stdin if line.strip())
+        except UnicodeDecodeError as error:
+            raise ts.TunesmithError("Standard input is not UTF-8 text.", found=error) from error
+
+
+def _typed(name: str) -> Iterator[str]:
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() then edits lines and remembers them
+    screen = console(stderr=True)
+    screen.say(f"Talking to {name}. Ctrl-C stops a reply; an empty line ends.", style="dim")
+    with suppress(EOFError):
         while question := screen.input("\n> ").strip():
             yield question
 
@@ -67,6 +77,8 @@ def _questions(prompt: str | None, name: str) -> Iterator[str]:
 def _reply(
     variants: ts.VariantSet, name: str, history: list[ts.Message], settings: ts.GenerationSettings, *, as_json: bool
 ) -> ts.Generation:
+    from tunesmith.cli.screen import clean
+
     def show(_row: int, text: str) -> None:
         sys.stdout.write(clean(text))
         sys.stdout.flush()
@@ -76,26 +88,28 @@ def _reply(
             variants, name, [history], settings, on_text=None if as_json else show, cancellation=cancellation
         )[0]
     if as_json:
-        turn = ts.ChatTurn(
-            variant=name,
-            question=history[-1].content,
-            text=reply.text,
-            tokens=len(reply.token_ids),
-            stop_reason=reply.stop_reason,
-            seconds=reply.seconds,
-            tokens_per_s=reply.tokens_per_s,
-        )
-        sys.stdout.write(turn.model_dump_json() + "\n")
+        print_json(_turn(name, history[-1].content, reply), indent=None)
         return reply
-    sys.stdout.write("\n")
+    show(0, "\n")
     reason = ts.text(f"stop.{reply.stop_reason}")
     speed = f", {reply.tokens_per_s:.1f} tokens/s" if reply.tokens_per_s else ""
     note = f"[{reason}; {len(reply.token_ids)} tokens{speed}]"
     if reply.stop_reason == "length":
-        note += f" The reply was cut: raise --max-new-tokens (now {settings.max_new_tokens}) for the rest."
-    sys.stdout.flush()
-    console(stderr=True).print(note, style="dim", markup=False)
+        note += f" For the rest, raise --max-new-tokens (now {settings.max_new_tokens})."
+    console(stderr=True).say(note, style="dim")
     return reply
+
+
+def _turn(name: str, question: str, reply: ts.Generation) -> ts.ChatTurn:
+    return ts.ChatTurn(
+        variant=name,
+        question=question,
+        text=reply.text,
+        tokens=len(reply.token_ids),
+        stop_reason=reply.stop_reason,
+        seconds=reply.seconds,
+        tokens_per_s=reply.tokens_per_s,
+    )
 
 
 @contextmanager

@@ -9,11 +9,12 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, DtypeOption, JsonOption, RunArgument
-from tunesmith.cli.output import clean, console, print_json, progress_bar
+from tunesmith.cli.output import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
+
+    from tunesmith.cli.screen import Screen
 
 
 def compare(
@@ -30,7 +31,9 @@ def compare(
         typer.Option("--data", metavar="FILE", help="Rows with answers to score. Default: the run's held-out rows."),
     ] = None,
     base: BaseOption = None,
-    sample: Annotated[bool, typer.Option("--sample/--greedy", help="Sample, or take the most likely token.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy/--sample", help="Always take the most likely token, or draw one.")
+    ] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")] = 1024,
     max_prompts: Annotated[int, typer.Option(min=0, help="How many rows of the data are answered.")] = 8,
     dtype: DtypeOption = "auto",
@@ -52,7 +55,7 @@ def compare(
             prompts,
             data=data,
             base=base,
-            greedy=not sample,
+            greedy=greedy,
             max_new_tokens=max_new_tokens,
             max_prompts=max_prompts,
             dtype=dtype,
@@ -65,29 +68,42 @@ def compare(
         return
     screen = console()
     for prompt in comparison.prompts:
-        _prompt(screen, comparison, prompt)
+        (_side_by_side if screen.is_terminal else _one_by_one)(screen, comparison, prompt)
     _scores(screen, comparison)
     if out is not None:
-        screen.print(f"Written: {out}", style="dim", markup=False)
+        screen.say(f"Written: {out}", style="dim")
 
 
-def _prompt(screen: Console, comparison: ts.Comparison, prompt: ts.Conversation) -> None:
+def _one_by_one(screen: Screen, comparison: ts.Comparison, prompt: ts.Conversation) -> None:
+    screen.say(f"# {prompt.question}")
+    for variant in comparison.variants:
+        reply = comparison.reply(prompt.id, variant.name)
+        screen.say(f"\n## {variant.name} {_how_it_ended(reply)}")
+        screen.say(reply.text)
+    screen.say()
+
+
+def _side_by_side(screen: Screen, comparison: ts.Comparison, prompt: ts.Conversation) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from tunesmith.cli.screen import clean
+
     table = Table(title=Text(clean(prompt.question)), title_justify="left", title_style="bold", expand=True)
-    cells, reasons = [], []
     names = [variant.name for variant in comparison.variants]
-    first = comparison.reply(prompt.id, names[0])
+    replies = [comparison.reply(prompt.id, name) for name in names]
     for name in names:
-        reply = comparison.reply(prompt.id, name)
         table.add_column(clean(name), ratio=1, overflow="fold")
-        cells.append(_diffed(first.text, reply.text) if name != names[0] else Text(clean(reply.text)))
-        reasons.append(Text(f"[{ts.text(f'stop.{reply.stop_reason}')}; {reply.tokens} tokens]", style="dim"))
-    table.add_row(*cells)
-    table.add_row(*reasons)
+    table.add_row(
+        Text(clean(replies[0].text)), *(_diffed(clean(replies[0].text), clean(reply.text)) for reply in replies[1:])
+    )
+    table.add_row(*(Text(_how_it_ended(reply), style="dim") for reply in replies))
     screen.print(table)
-    screen.print()
+    screen.say()
+
+
+def _how_it_ended(reply: ts.Reply) -> str:
+    return f"[{ts.text(f'stop.{reply.stop_reason}')}; {reply.tokens} tokens]"
 
 
 def _diffed(left: str, right: str) -> Text:
@@ -97,11 +113,11 @@ def _diffed(left: str, right: str) -> Text:
     text = Text()
     for segment in ts.word_diff(left, right):
         if segment.kind != "left":
-            text.append(clean(segment.text), style="bold green" if segment.kind == "right" else "")
+            text.append(segment.text, style="bold green" if segment.kind == "right" else "")
     return text
 
 
-def _scores(screen: Console, comparison: ts.Comparison) -> None:
+def _scores(screen: Screen, comparison: ts.Comparison) -> None:
     for score in comparison.scores:
         line = f"{score.variant}: held-out loss {score.loss:.3f} over {score.rows} rows ({score.tokens} answer tokens)"
         if score.difference is not None:
@@ -110,4 +126,4 @@ def _scores(screen: Console, comparison: ts.Comparison) -> None:
             line += f" (95 % interval {score.difference_low:+.3f} to {score.difference_high:+.3f})"
         if score.better_rows is not None:
             line += f", better on {score.better_rows} of {score.rows} rows"
-        screen.print(line, markup=False)
+        screen.say(line)

@@ -9,10 +9,10 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import JsonOption
-from tunesmith.cli.output import clean, console, print_json, progress_bar
+from tunesmith.cli.output import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tunesmith.cli.screen import Screen
 
 
 def demo(
@@ -30,26 +30,25 @@ def demo(
             out,
             force=force,
             progress=progress,
-            on_step=lambda step: screen.print(f"{step.seconds:6.1f} s  $ {step.command}", markup=False),
+            on_step=lambda step: screen.say(f"{step.seconds:6.1f} s  $ {step.command}"),
         )
     if as_json:
         print_json(result)
-        return
-    _render(console(), result)
+    else:
+        _render(console(), result)
     raise typer.Exit(0 if result.verdict.good else 3)
 
 
-def _render(screen: Console, result: ts.DemoResult) -> None:
+def _render(screen: Screen, result: ts.DemoResult) -> None:
     comparison = result.comparison
     prompt = comparison.prompts[0]
-    screen.print(f"\nQuestion: {prompt.question}", markup=False)
+    screen.say(f"\nQuestion: {prompt.question}")
     for variant in comparison.variants:
-        reply = comparison.reply(prompt.id, variant.name)
-        screen.print(f"\n[bold]{variant.name}[/]")
-        screen.print(clean(reply.text), markup=False)
-    screen.print()
+        screen.say(f"\n{variant.name}", style="bold")
+        screen.say(comparison.reply(prompt.id, variant.name).text)
+    screen.say()
     for score in comparison.scores:
         change = f" ({score.difference:+.3f} against the base)" if score.difference is not None else ""
-        screen.print(f"{score.variant}: held-out loss {score.loss:.3f}{change}", markup=False)
-    screen.print(f"{ts.text(f'verdict.{result.verdict.answer}')}: {ts.verdict_sentence(result.verdict)}", markup=False)
-    screen.print(f"\nReport: {result.report}", markup=False)
+        screen.say(f"{score.variant}: held-out loss {score.loss:.3f}{change}")
+    screen.say(f"{ts.text(f'verdict.{result.verdict.answer}')}: {ts.verdict_sentence(result.verdict)}")
+    screen.say(f"\nReport: {result.report}")

@@ -9,10 +9,10 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, JsonOption, RunArgument
-from tunesmith.cli.output import clean, console, human_bytes, print_json
+from tunesmith.cli.output import command, console, human_bytes, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tunesmith.cli.screen import Screen
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MARKS = {"ok": "ok", "info": "note", "warning": "warning", "error": "problem"}
@@ -42,14 +42,16 @@ def inspect(
     _findings(screen, inspection)
 
 
-def _facts(screen: Console, inspection: ts.Inspection) -> None:
+def _facts(screen: Screen, inspection: ts.Inspection) -> None:
     from rich.table import Table
+
+    from tunesmith.cli.screen import clean
 
     run, adapter = inspection.run, inspection.adapter
     at_hand = "at hand" if inspection.base else "not at hand"
     rows = [
-        ("run", f"{clean(run.name)}  (written by {run.writer})"),
-        ("base model", f"{clean(run.base_model or 'not recorded')}  ({at_hand})"),
+        ("run", f"{run.name}  (written by {run.writer})"),
+        ("base model", f"{run.base_model or 'not recorded'}  ({at_hand})"),
         (
             "adapter",
             f"{inspection.checkpoint}: {adapter.peft_type}, {adapter.dtype}, {human_bytes(adapter.size_bytes)}",
@@ -60,31 +62,34 @@ def _facts(screen: Console, inspection: ts.Inspection) -> None:
         rows.append(
             ("rank", f"r = {adapter.r}, alpha = {adapter.lora_alpha:g}, scaling = {adapter.scaling:g} ({kind})")
         )
-    rows.append(("modules", f"{len(adapter.modules)}: {clean(', '.join(adapter.target_modules))}"))
+    rows.append(("modules", f"{len(adapter.modules)}: {', '.join(adapter.target_modules)}"))
     rows.append(("parameters", f"{adapter.parameters:,}"))
     if adapter.relative_update is not None:
         rows.append(("size of update", f"about {adapter.relative_update:.2%} of the base weights (Frobenius norm)"))
     if adapter.refusal:
-        rows.append(("not mergeable", clean(adapter.refusal)))
+        rows.append(("not mergeable", adapter.refusal))
     for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "compute_dtype"):
         if key in run.hyperparameters:
-            rows.append((key, clean(str(run.hyperparameters[key]))))
+            rows.append((key, str(run.hyperparameters[key])))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, value in rows:
-        table.add_row(label, value)
+        table.add_row(label, clean(value))
     screen.print(table)
 
 
-def _log(screen: Console, run: ts.Run) -> None:
+def _log(screen: Screen, run: ts.Run) -> None:
+    from rich.text import Text
+
     for label, values in (
         ("training loss", [row.loss for row in run.log if row.loss is not None]),
         ("held-out loss", [row.eval_loss for row in run.log if row.eval_loss is not None]),
     ):
         finite = [value for value in values if math.isfinite(value)]
         if finite:
-            screen.print(f"\n[bold]{label}[/]  {_spark(finite)}  {finite[0]:.3f} -> {finite[-1]:.3f}")
+            line = Text(f"\n{label}", style="bold")
+            screen.print(line.append(f"  {_spark(finite)}  {finite[0]:.3f} -> {finite[-1]:.3f}", style="not bold"))
 
 
 def _spark(values: list[float], width: int = 60) -> str:
@@ -94,8 +99,10 @@ def _spark(values: list[float], width: int = 60) -> str:
     return "".join(_BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in means)
 
 
-def _checkpoints(screen: Console, run: ts.Run) -> None:
+def _checkpoints(screen: Screen, run: ts.Run) -> None:
     from rich.table import Table
+
+    from tunesmith.cli.screen import clean
 
     table = Table(title="Checkpoints", title_justify="left", title_style="bold", box=None, padding=(0, 2))
     for column in ("name", "step", "training loss", "held-out loss", ""):
@@ -108,46 +115,49 @@ def _checkpoints(screen: Console, run: ts.Run) -> None:
             "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.3f}",
             "best (recorded)" if checkpoint.is_best else "",
         )
-    screen.print()
+    screen.say()
     screen.print(table)
 
 
-def _files(screen: Console, run: ts.Run) -> None:
+def _files(screen: Screen, run: ts.Run) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Files", title_justify="left", title_style="bold", box=None, padding=(0, 2), show_header=False)
+    from tunesmith.cli.screen import clean
+
+    table = Table.grid(padding=(0, 2))
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(style="dim", ratio=1)
     for needed in ("inference", "resuming", "record", "unknown"):
-        for file in run.files:
-            if file.needed_for == needed and not _in_checkpoint(file.path):
-                what = ts.text(f"file.{file.kind}").partition(". ")[0].removesuffix(".")
-                name = Text(clean(file.path)).append(f"\n{what}", style="dim")
-                table.add_row(name, human_bytes(file.size_bytes), ts.text(f"needed.{needed}"))
-    screen.print()
+        files = [file for file in run.files if file.needed_for == needed and not _in_checkpoint(file.path)]
+        if files:
+            table.add_row(Text(f"\nFiles {ts.text(f'needed.{needed}')}", style="bold"))
+        for file in files:
+            what = ts.text(f"file.{file.kind}").partition(". ")[0].removesuffix(".")
+            table.add_row(f"  {clean(file.path)}", human_bytes(file.size_bytes), what)
     screen.print(table)
     inside = [file for file in run.files if _in_checkpoint(file.path)]
+    screen.say()
     if inside:
         size = sum(file.size_bytes for file in inside)
         resuming = sum(file.size_bytes for file in inside if file.needed_for == "resuming")
-        screen.print(
-            f"  and {len(inside)} files in checkpoint-N directories, {human_bytes(size)}, "
+        screen.say(
+            f"{len(inside)} more files in checkpoint-N directories: {human_bytes(size)}, "
             f"of which {human_bytes(resuming)} only to resume training"
         )
-    screen.print(f"  {human_bytes(sum(file.size_bytes for file in run.files))} in all")
+    screen.say(f"{human_bytes(sum(file.size_bytes for file in run.files))} in all")
 
 
 def _in_checkpoint(path: str) -> bool:
     return path.startswith("checkpoint-") and "/" in path
 
 
-def _findings(screen: Console, inspection: ts.Inspection) -> None:
-    screen.print()
+def _findings(screen: Screen, inspection: ts.Inspection) -> None:
+    screen.say()
     if not inspection.run.findings:
-        screen.print("Nothing looks unhealthy.")
+        screen.say("Nothing looks unhealthy.")
     for finding in inspection.run.findings:
-        screen.print(f"{_MARKS[finding.severity]}: {clean(ts.finding_text(finding))}", markup=False)
+        screen.say(f"{_MARKS[finding.severity]}: {ts.finding_text(finding)}")
     if not inspection.adapter.refusal:
-        screen.print(f"Next: tunesmith compare {inspection.run.path}", style="dim", markup=False)
+        screen.say(f"Next: {command('compare', inspection.run.path)}", style="dim")

@@ -9,10 +9,10 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, CheckpointOption, JsonOption, RunArgument
-from tunesmith.cli.output import clean, console, human_bytes, print_json, progress_bar
+from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tunesmith.cli.screen import Screen
 
 
 def merge(
@@ -31,6 +31,8 @@ def merge(
 
     Example: tunesmith merge out/security --out out/security-merged
     """
+    if record is not None:
+        ts.output_file(record, suffixes=(".json",))
     with progress_bar() as progress:
         plan = ts.plan_merge(run, out, base=base, checkpoint=checkpoint, force=force, progress=progress)
         merged = None if dry_run else ts.merge(plan, progress=progress)
@@ -42,23 +44,22 @@ def merge(
     screen = console()
     _plan(screen, plan)
     if merged is None:
-        screen.print("Nothing was written (--dry-run).")
+        screen.say("Nothing was written (--dry-run).")
         return
-    screen.print(
+    screen.say(
         f"Merged in {merged.seconds:.1f} s. Rounding to {plan.dtype} left {merged.share_unchanged:.0%} of the adapted "
-        f"weights as they were and kept {merged.gain:.1%} of the update.",
-        markup=False,
+        f"weights as they were and kept {merged.gain:.1%} of the update."
     )
-    screen.print(f"Next: tunesmith verify {run} {out}", style="dim", markup=False)
+    same = [*(("--base", base) if base else ()), *(("--checkpoint", checkpoint) if checkpoint != "final" else ())]
+    screen.say(f"Next: {command('verify', run, out, *same)}", style="dim")
 
 
-def _plan(screen: Console, plan: ts.MergePlan) -> None:
+def _plan(screen: Screen, plan: ts.MergePlan) -> None:
     changed = sum(len(shard.updates) for shard in plan.shards)
     tensors = sum(shard.tensors for shard in plan.shards)
-    screen.print(f"{plan.checkpoint} of {clean(plan.run)}", markup=False)
-    screen.print(f"into {clean(plan.base_model)} -> {clean(plan.out)}", markup=False)
-    screen.print(
-        f"{changed} of {tensors} tensors change, {len(plan.shards)} shard(s), {human_bytes(plan.write_bytes)} to write"
-    )
+    shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
+    screen.say(f"{plan.checkpoint} of {plan.run}")
+    screen.say(f"into {plan.base_model} -> {plan.out}")
+    screen.say(f"{changed} of {tensors} tensors change, {shards}, {human_bytes(plan.write_bytes)} to write")
     for finding in plan.warnings:
-        screen.print(f"warning: {clean(ts.finding_text(finding))}", markup=False)
+        screen.say(f"warning: {ts.finding_text(finding)}")

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
+import tunesmith as ts
 
-    from tunesmith.errors import TunesmithError
-    from tunesmith.progress import Progress, ProgressCallback
+if TYPE_CHECKING:
+    from tunesmith.cli.screen import Screen
+    from tunesmith.progress import ProgressCallback
     from tunesmith.record import Record
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr; rich honours NO_COLOR and writes plain text where there is no terminal."""
-    from rich.console import Console
+def console(*, stderr: bool = False) -> Screen:
+    """A screen on stdout or stderr."""
+    from tunesmith.cli.screen import Screen
 
-    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
-
-
-def print_json(record: Record) -> None:
-    """Print a record as the one JSON document of this call."""
-    sys.stdout.write(record.to_json())
+    return Screen(stderr=stderr)
 
 
-def show_error(error: TunesmithError, *, as_json: bool) -> None:
+def print_json(record: Record, *, indent: int | None = 2) -> None:
+    """Print a record as a JSON document, in UTF-8 whatever the terminal speaks.
+
+    Args:
+        record: the record.
+        indent: None puts it on one line.
+
+    Raises:
+        TunesmithError: it names a file whose name is not UTF-8.
+    """
+    try:
+        document = record.model_dump_json(indent=indent)
+    except ValueError as error:  # pydantic's own; the file system hands such names on as lone surrogates
+        raise ts.TunesmithError(
+            "A file's name is not UTF-8, so JSON cannot hold it.", next_step="rename the file, or leave --json out"
+        ) from error
+    _write_json(document)
+
+
+def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
     """Tell the user what is wrong, where, and what to do next."""
     if as_json:
-        sys.stdout.write(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2, ensure_ascii=False) + "\n")
+        _write_json(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2))
     from rich.text import Text
 
-    message = Text("Error: ", style="bold red")
-    message.append(clean(str(error)), style="default")
+    from tunesmith.cli.screen import clean
+
+    message = Text("Error: ", style="bold red").append(clean(str(error)), style="default")
     console(stderr=True).print(message, soft_wrap=True)
 
 
-def clean(text: str) -> str:
-    """Text from outside, without the control characters that could move a terminal's cursor or change its state."""
-    return "".join(character if character in "\n\t" or character.isprintable() else "\ufffd" for character in text)
+def command(*words: object) -> str:
+    """A command to type next, with what the shell would take apart in quotes."""
+    return shlex.join(["tunesmith", *(str(word) for word in words)])
 
 
 def human_bytes(size: float) -> str:
@@ -60,34 +77,42 @@ def progress_bar() -> Iterator[ProgressCallback]:
     if not screen.is_terminal:
         yield _lines(screen)
         return
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+
+    from tunesmith.cli.screen import clean
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
     )
     with Bars(*columns, console=screen, transient=True) as bars:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
-        def show(event: Progress) -> None:
+        def show(event: ts.Progress) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
-            task = tasks[event.stage]
-            bars.update(task, completed=event.done, total=event.total, detail=clean(event.detail)[:40])  # type: ignore[arg-type]
+            bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=clean(event.detail)[:40])
 
         yield show
 
 
-def _lines(screen: Console) -> ProgressCallback:
+def _lines(screen: Screen) -> ProgressCallback:
     seen: set[str] = set()
 
-    def show(event: Progress) -> None:
+    def show(event: ts.Progress) -> None:
         if event.stage not in seen:
             seen.add(event.stage)
-            screen.print(f"{event.stage} ...", style="dim", markup=False)
+            screen.say(f"{event.stage} ...")
 
     return show
+
+
+def _write_json(document: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.write(document + "\n")
+    sys.stdout.flush()

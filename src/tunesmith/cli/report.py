@@ -52,4 +52,4 @@ def report(
     if as_json:
         print_json(result)
     else:
-        console().print(f"Report: {result.path}", markup=False)
+        console().say(f"Report: {result.path}")

@@ -9,7 +9,7 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import JsonOption
-from tunesmith.cli.output import console, print_json, progress_bar
+from tunesmith.cli.output import command, console, print_json, progress_bar
 
 
 def train(
@@ -30,8 +30,8 @@ def train(
         return
     screen = console()
     last = run.checkpoints[-1]
-    screen.print(f"Run directory: {run.path}", markup=False)
+    screen.say(f"Run directory: {run.path}")
     if last.loss is not None:
         held_out = f", held-out loss {last.eval_loss:.3f}" if last.eval_loss is not None else ""
-        screen.print(f"{last.step} steps, training loss {last.loss:.3f}{held_out}")
-    screen.print(f"Next: tunesmith inspect {run.path}", style="dim", markup=False)
+        screen.say(f"{last.step} steps, training loss {last.loss:.3f}{held_out}")
+    screen.say(f"Next: {command('inspect', run.path)}", style="dim")

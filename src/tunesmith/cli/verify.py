@@ -9,10 +9,10 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, CheckpointOption, JsonOption, RunArgument
-from tunesmith.cli.output import clean, console, print_json, progress_bar
+from tunesmith.cli.output import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from tunesmith.cli.screen import Screen
 
 _EXIT_CODES = {"identical": 0, "equal_within_rounding": 0, "different": 3, "not_verified": 2}
 _STYLES = {"identical": "bold green", "equal_within_rounding": "bold green", "different": "bold red"}
@@ -42,6 +42,8 @@ def verify(
 
     Example: tunesmith verify out/security out/security-merged
     """
+    if out is not None:
+        ts.output_file(out, suffixes=(".json",))
     with progress_bar() as progress:
         verdict = ts.verify(
             run, merged, base=base, checkpoint=checkpoint, prompts=prompts, dtype=dtype, progress=progress, levels=level
@@ -55,14 +57,17 @@ def verify(
     raise typer.Exit(_EXIT_CODES[verdict.answer])
 
 
-def _render(screen: Console, verdict: ts.Verdict) -> None:
+def _render(screen: Screen, verdict: ts.Verdict) -> None:
     from rich.text import Text
 
+    from tunesmith.cli.screen import clean
+
     banner = Text(ts.text(f"verdict.{verdict.answer}"), style=_STYLES.get(verdict.answer, "bold yellow"))
-    banner.append(f"  {clean(verdict.merged)} against {verdict.checkpoint} of {clean(verdict.run)}", style="default")
+    banner.append(clean(f"  {verdict.merged} against {verdict.checkpoint} of {verdict.run}"), style="default")
     screen.print(banner)
-    screen.print(clean(ts.verdict_sentence(verdict)), markup=False)
+    screen.say(ts.verdict_sentence(verdict))
     for level in verdict.levels:
-        screen.print(f"\n[bold]{level.name}[/]  {_STATUS[level.status]}  [dim]{level.seconds:.1f} s[/]")
+        heading = Text(level.name, style="bold").append(f"  {_STATUS[level.status]}", style="not bold")
+        screen.print(Text("\n") + heading.append(f"  {level.seconds:.1f} s", style="not bold dim"))
         for finding in level.findings:
-            screen.print(f"  {clean(ts.finding_text(finding))}", markup=False)
+            screen.say(ts.finding_text(finding), indent=2)

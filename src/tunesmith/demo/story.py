@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from tunesmith import api
+from tunesmith.allocator import give_memory_back
 from tunesmith.compare import Comparison
 from tunesmith.errors import OutputError
 from tunesmith.merge import Merged, merge, plan_merge
@@ -68,7 +70,9 @@ class _Story:
     def step(self, name: str, arguments: str) -> Iterator[None]:
         started = time.monotonic()
         yield
-        command = f"tunesmith {name} {arguments}".replace("@", f"{self.root}{os.sep}")
+        give_memory_back()  # the next step loads a model of its own
+        words = (word.replace("@", f"{self.root}{os.sep}") for word in arguments.split())
+        command = shlex.join(["tunesmith", name, *words])
         self.steps.append(DemoStep(name=name, command=command, seconds=time.monotonic() - started))
         self.on_step(self.steps[-1])
 
@@ -149,7 +153,7 @@ def _prepare(root: Path, *, force: bool) -> Path:
         )
     for name in there:
         path = root / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     try:
         root.mkdir(parents=True, exist_ok=True)
         package = resources.files("tunesmith.demo")

@@ -75,7 +75,7 @@ def plan_merge(
         out=str(target.resolve()),
         dtype=", ".join(sorted({model.info(name).dtype for name in updates})),
         rounding="nearest",
-        shards=_shards(model, updates),
+        shards=shards_of(model, updates),
         assets=assets,
         write_bytes=write_bytes,
         memory_bytes=_memory(model, adapter, updates),
@@ -84,7 +84,8 @@ def plan_merge(
     )
 
 
-def _shards(model: Checkpoint, updates: dict[str, LowRank]) -> tuple[ShardPlan, ...]:
+def shards_of(model: Checkpoint, updates: dict[str, LowRank]) -> tuple[ShardPlan, ...]:
+    """The weights to write, file by file as the base has them."""
     return tuple(
         ShardPlan(
             filename=filename,

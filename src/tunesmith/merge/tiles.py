@@ -60,16 +60,17 @@ def merge_tile(stored_TI: Array, dtype: str, a_RI: Float64, b_TR: Float64, scali
     merged_TI = round_once(w_TI + delta_TI, dtype)
     # W + 0 is W, but −0.0 + 0.0 is 0.0: where nothing is added the base's own bits stay.
     merged_TI = np.where(delta_TI == 0, stored_TI, merged_TI)
-    realised_TI = as_float64(merged_TI, dtype) - w_TI
-    error_TI = realised_TI - delta_TI
-    return merged_TI, TileSums(
-        elements=merged_TI.size,
-        unchanged=int(np.count_nonzero(merged_TI == stored_TI)),
-        delta_delta=float(np.vdot(delta_TI, delta_TI)),
-        realised_delta=float(np.vdot(realised_TI, delta_TI)),
-        error_error=float(np.vdot(error_TI, error_TI)),
-        overflowed=int(np.count_nonzero(~np.isfinite(realised_TI))),
-    )
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is counted, and refused by the caller
+        realised_TI = as_float64(merged_TI, dtype) - w_TI
+        error_TI = realised_TI - delta_TI
+        return merged_TI, TileSums(
+            elements=merged_TI.size,
+            unchanged=int(np.count_nonzero(merged_TI == stored_TI)),
+            delta_delta=float(np.vdot(delta_TI, delta_TI)),
+            realised_delta=float(np.vdot(realised_TI, delta_TI)),
+            error_error=float(np.vdot(error_TI, error_TI)),
+            overflowed=int(np.count_nonzero(~np.isfinite(realised_TI))),
+        )
 
 
 def round_once(values: Float64, dtype: str) -> Array:
@@ -95,9 +96,10 @@ def _bf16_patterns(values: Float64) -> Array:
     rounded = (bits + half + kept_is_odd) & ~np.uint64((1 << _BF16_SHIFT) - 1)
     nearest = rounded.view(np.float64)
     small = np.abs(values) < _BF16_MIN_NORMAL
-    if small.any():
-        nearest = np.where(small, np.copysign(np.rint(values / _BF16_STEP_BELOW) * _BF16_STEP_BELOW, values), nearest)
     with np.errstate(over="ignore"):
+        if small.any():
+            subnormal = np.copysign(np.rint(values / _BF16_STEP_BELOW) * _BF16_STEP_BELOW, values)
+            nearest = np.where(small, subnormal, nearest)
         single = nearest.astype(np.float32)
     patterns = (single.view(np.uint32) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), patterns)

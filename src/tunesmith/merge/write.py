@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.adapter import Adapter, LowRank
+from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import (
     CONFIG_FILE,
+    Checkpoint,
     Header,
     as_float64,
     copy_range,
-    keep_freed_memory,
     read_header,
     read_json_object,
     read_rows,
@@ -26,7 +28,7 @@ from tunesmith.checkpoint import (
     write_at,
 )
 from tunesmith.errors import CheckpointError
-from tunesmith.merge.plan import TILE_ELEMENTS
+from tunesmith.merge.plan import TILE_ELEMENTS, shards_of
 from tunesmith.merge.records import Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
 from tunesmith.merge.tiles import TileSums, merge_tile
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
@@ -65,17 +67,21 @@ def merge(
     Raises:
         Cancelled: stopped on request; nothing is left behind.
         OutputError: the disk is full or cannot be written; nothing is left behind.
-        CheckpointError: a tensor is not finite, or does not stay finite in its dtype.
+        CheckpointError: a tensor is not finite, or does not stay finite in its dtype; or the base or the adapter is
+            no longer what was planned with.
     """
     started = time.monotonic()
+    _check_unchanged(plan)
     cancellation = cancellation or Cancellation()
     total = sum(shard.size_bytes for shard in plan.shards)
     done = 0
+    lock = threading.Lock()  # shards are written side by side, and their bytes are reported one after another
 
     def wrote(count: int, detail: str) -> None:
         nonlocal done
-        done += count
-        progress(Progress("merge", done, total, "bytes", detail))
+        with lock:
+            done += count
+            progress(Progress("merge", done, total, "bytes", detail))
         cancellation.check()
 
     with staged_directory(Path(plan.out), force=plan.force) as stage:
@@ -119,6 +125,17 @@ def write_shard(unit: ShardUnit, wrote: Callable[[int, str], None]) -> Receipt:
         _copy(source.fileno(), target.fileno(), copied, header.file_bytes, wrote)
     path = Path(unit.target)
     return Receipt(filename=path.name, size_bytes=path.stat().st_size, sha256=sha256_of(path), tensors=tuple(fidelity))
+
+
+def _check_unchanged(plan: MergePlan) -> None:
+    model, adapter = Checkpoint(plan.base), Adapter(plan.adapter)
+    if shards_of(model, {update.name: update for update in adapter.bind(model)}) != plan.shards:
+        raise CheckpointError(
+            "The base model or the adapter has changed since the merge was planned.",
+            where=plan.adapter,
+            found=f"base model {plan.base}",
+            next_step="plan the merge again",
+        )
 
 
 def _unit(plan: MergePlan, shard: ShardPlan, stage: Path) -> ShardUnit:
@@ -192,6 +209,8 @@ def _config(base: Path) -> str:
         rope = section.get("rope_parameters")
         if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float) and "rope_theta" not in section:
             section["rope_theta"] = rope["rope_theta"]
+            if "partial_rotary_factor" in rope:
+                section.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
             scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
             if scaled.get("rope_type", "default") != "default":
                 section.setdefault("rope_scaling", scaled)

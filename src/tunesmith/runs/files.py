@@ -70,7 +70,15 @@ def list_files(root: Path) -> tuple[RunFile, ...]:
             kind, needed = classify(name)
             files.append(
                 RunFile(
-                    path=path.relative_to(root).as_posix(), size_bytes=path.stat().st_size, kind=kind, needed_for=needed
+                    path=_as_text(path.relative_to(root).as_posix()),
+                    size_bytes=path.stat().st_size,
+                    kind=kind,
+                    needed_for=needed,
                 )
             )
     return tuple(files)
+
+
+def _as_text(path: str) -> str:
+    """A name that is not UTF-8 (an archive from another system leaves such), with the marks of what it cannot say."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -14,15 +14,13 @@ from tunesmith.runs.records import LogRow
 TRAINER_LOG = "trainer_log.jsonl"
 TRAINER_STATE = "trainer_state.json"
 
-_TRAINER_LOG_KEYS = {"step": "current_steps", "learning_rate": "lr"}
-
 
 def read_log(rows: Iterable[Mapping[str, Any]], source: str) -> list[LogRow]:
     """Rows of one file as log rows; the names of LLaMA-Factory's log and of the HF Trainer's are both known."""
     series = []
     for row in rows:
         step = _number(row, "current_steps", "step")
-        if step is None:
+        if step is None or not math.isfinite(step):
             continue
         series.append(
             LogRow(
@@ -56,7 +54,8 @@ def merge_logs(*series: Iterable[LogRow]) -> tuple[LogRow, ...]:
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
     """The rows of a JSON-lines file; damaged lines are left out and counted in a finding."""
     rows, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines: JSON text may hold U+2028 and its like as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line.strip():
             continue
         try:
@@ -98,9 +97,19 @@ def health(log: tuple[LogRow, ...]) -> list[Finding]:
     return findings
 
 
+def as_number(value: object) -> float | None:
+    """A JSON number as a float; None where it is none, or an integer beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def _number(row: Mapping[str, Any], *keys: str) -> float | None:
     for key in keys:
-        value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        value = as_number(row.get(key))
+        if value is not None:
+            return value
     return None

@@ -13,8 +13,9 @@ import yaml
 from tunesmith.errors import RunError
 from tunesmith.record import Finding, Value
 from tunesmith.runs.files import list_files
-from tunesmith.runs.logs import TRAINER_LOG, TRAINER_STATE, health, merge_logs, read_jsonl, read_log
+from tunesmith.runs.logs import TRAINER_LOG, TRAINER_STATE, as_number, health, merge_logs, read_jsonl, read_log
 from tunesmith.runs.records import LogRow, Run, RunCheckpoint
+from tunesmith.runs.tokenizer import holds_tokenizer
 
 MANIFEST = "tunesmith_run.json"
 HELD_OUT = "held_out.jsonl"
@@ -137,7 +138,7 @@ def _state(root: Path, findings: list[Finding]) -> dict[str, Any]:
 
 def _checkpoints(root: Path, state: dict[str, Any], log: tuple[LogRow, ...]) -> tuple[RunCheckpoint, ...]:
     best = state.get("best_model_checkpoint")
-    best_name = re.split(r"[\\/]", best)[-1] if isinstance(best, str) else None
+    best_name = re.split(r"[\\/]", best.rstrip("\\/"))[-1] if isinstance(best, str) else None
     steps: list[tuple[str, int | None, Path]] = [
         (folder.name, step, folder) for step, folder in _checkpoint_folders(root)
     ]
@@ -173,7 +174,7 @@ def _completeness(root: Path, checkpoints: tuple[RunCheckpoint, ...], state: dic
     if isinstance(done, int) and isinstance(planned, int) and 0 < done < planned:
         findings.append(Finding(code="steps_missing", severity="warning", params={"done": done, "planned": planned}))
     last = Path(checkpoints[-1].path)
-    if not any((folder / name).exists() for folder in (root, last) for name in ("tokenizer.json", "tokenizer.model")):
+    if not any(map(holds_tokenizer, (root, last))):
         findings.append(Finding(code="tokenizer_missing", severity="warning"))
     if not (last / "adapter_model.safetensors").is_file():
         findings.append(Finding(code="adapter_weights_missing", severity="error", params={"checkpoint": last.name}))
@@ -189,7 +190,7 @@ def _hyperparameters(
         try:
             document = yaml.safe_load(arguments.read_bytes())
             settings.update(document if isinstance(document, dict) else {})
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             findings.append(Finding(code="file_unreadable", severity="warning", params={"file": arguments.name}))
     settings.update(manifest)
     plain: dict[str, Value] = {
@@ -203,7 +204,8 @@ def _hyperparameters(
 
 def _metrics(root: Path, findings: list[Finding]) -> dict[str, float]:
     document = _json(root / "all_results.json", findings)
-    return {key: float(value) for key, value in document.items() if isinstance(value, int | float)}
+    numbers = {key: as_number(value) for key, value in document.items()}
+    return {key: number for key, number in numbers.items() if number is not None}
 
 
 def _json(path: Path, findings: list[Finding]) -> dict[str, Any]:

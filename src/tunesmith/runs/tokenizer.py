@@ -23,4 +23,9 @@ def tokenizer_dir(run: Run, checkpoint: RunCheckpoint, base: Path) -> Path | Non
         The directory, or None where none of the three holds a tokenizer.
     """
     places = (Path(checkpoint.path), Path(run.path), base)
-    return next((place for place in places if any((place / name).is_file() for name in _CORE)), None)
+    return next(filter(holds_tokenizer, places), None)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's vocabulary, by its files' names."""
+    return any((folder / name).is_file() for name in _CORE)

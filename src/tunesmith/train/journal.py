@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tunesmith.allocator import give_memory_back
 from tunesmith.progress import Cancellation, Progress, ProgressCallback
 
 
@@ -46,6 +47,8 @@ class Journal(TrainerCallback):  # type: ignore[misc] # transformers has no type
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Report the step, and stop there if that was asked for."""
         self._report(state)
+        # Batches of other lengths leave holes that nothing fits into; a run's memory would grow with its steps.
+        give_memory_back(collect=False)
         self._stop_if_asked()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:

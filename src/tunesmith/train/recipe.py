@@ -16,6 +16,7 @@ from tunesmith.record import Part
 
 _PATH_KEYS = ("dataset", "eval_dataset", "output_dir")
 _HALF_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPE_ALIASES = {"fp32": "float32", **_HALF_PRECISION}
 _REFUSED = {
     "template": "the tokenizer's own chat template is used; leave this key out",
     "dataset_dir": "there is no data-set registry; give the file's path as 'dataset'",
@@ -226,6 +227,9 @@ def _rooted(values: dict[str, object], folder: Path) -> dict[str, object]:
 def _take_half_precision(given: dict[str, object]) -> list[str]:
     """Turn ``bf16: true`` and ``fp16: true`` into a ``dtype``, in place; the problems with that."""
     problems = []
+    asked = given.get("dtype")
+    if isinstance(asked, str):
+        given["dtype"] = _DTYPE_ALIASES.get(asked, asked)
     for key, dtype in _HALF_PRECISION.items():
         value = given.pop(key, False)
         if not isinstance(value, bool):

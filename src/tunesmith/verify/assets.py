@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.checkpoint import read_json_object
 from tunesmith.errors import CheckpointError
-from tunesmith.record import Finding, Value
+from tunesmith.record import Finding, Severity, Value
 
 # Fields that a loader writes of itself, or spells anew, and that do not change what the model computes.
 _NOISE = {
@@ -24,6 +24,10 @@ _NOISE = {
     "_from_model_config": "how the file came to be",
 }
 
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space")
+_GENERATION = "generation_config.json"
+
 PROBES = (
     "The quick brown fox jumps over the lazy dog, 3.14159 times; isn't it?",
     "微调完成后，请先验证合并后的模型，再发布。１２３ 全角 ",
@@ -36,33 +40,51 @@ PROBES = (
 )
 
 
-def check_assets(merged_dir: Path, base_dir: Path, tokenizer_from: Path | None) -> list[Finding]:
+def check_assets(
+    merged_dir: Path,
+    base_dir: Path,
+    tokenizer_from: Path | None,
+    *,
+    generation_from: Path | None = None,
+    head_written_out: bool = False,
+) -> list[Finding]:
     """Hold everything but the weights against where it should have come from.
 
     Args:
         merged_dir: the merged model.
         base_dir: the base model, for configuration.
         tokenizer_from: the directory whose tokenizer belongs to the adapter; None where there is none.
+        generation_from: the adapter's directory, whose ``generation_config.json`` goes before the base's.
+        head_written_out: a tied head is there as a copy, so that it does not matter whether it is declared tied.
 
     Returns:
         What was looked at and seen.
     """
-    findings = _check_config(merged_dir, base_dir)
+    findings = _check_config(merged_dir, base_dir, immaterial={"tie_word_embeddings"} if head_written_out else set())
     if tokenizer_from is not None:
         findings += _check_tokenizer(merged_dir, tokenizer_from)
         findings += _check_special_tokens(merged_dir, tokenizer_from)
         findings += _check_template(merged_dir, tokenizer_from)
-    return findings + _check_generation(merged_dir, base_dir)
+    own = generation_from is not None and (generation_from / _GENERATION).is_file()
+    return findings + _check_generation(merged_dir, generation_from if own and generation_from else base_dir)
 
 
-def _check_config(merged_dir: Path, base_dir: Path) -> list[Finding]:
+def _check_config(merged_dir: Path, base_dir: Path, *, immaterial: set[str]) -> list[Finding]:
     try:
         ours, theirs = read_json_object(merged_dir / "config.json"), read_json_object(base_dir / "config.json")
     except CheckpointError as error:
         return [Finding(code="config_unreadable", severity="error", params={"what": error.what})]
-    ours, theirs = _plain_rope(ours), _plain_rope(theirs)
-    differing = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    if ours.get("architectures") != theirs.get("architectures"):
+    architectures = ours.get("architectures"), theirs.get("architectures")
+    ours, theirs = _meaning(ours), _meaning(theirs)
+    differing = [key for key in _differing(ours, theirs) if key not in immaterial]
+    # A later version writes out what an earlier one left to its defaults: ask a loader what is absent on one side.
+    if any(key not in ours or key not in theirs for key in differing):
+        loaded = _loaded_config(merged_dir), _loaded_config(base_dir)
+        if loaded[0] and loaded[1]:
+            still = {*_differing(*loaded), "rope_parameters"}  # left over only where the two spellings disagree
+            differing = [key for key in differing if (key in ours and key in theirs) or key in still]
+    if architectures[0] != architectures[1]:
+        ours["architectures"], theirs["architectures"] = architectures
         differing = ["architectures", *differing]
     findings = [
         Finding(
@@ -70,15 +92,38 @@ def _check_config(merged_dir: Path, base_dir: Path) -> list[Finding]:
             severity="error",
             params={"field": key, "expected": _short(theirs.get(key)), "found": _short(ours.get(key))},
         )
-        for key in dict.fromkeys(differing)
-        if key == "architectures" or key not in _NOISE
+        for key in differing
     ]
     return findings or [Finding(code="config_same", severity="ok", params={"fields": len(theirs)})]
 
 
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+
+
+def _loaded_config(folder: Path) -> dict[str, Any]:
+    """What Transformers makes of a configuration, its defaults filled in; empty where it knows no such model."""
+    from transformers import AutoConfig
+
+    try:
+        return _meaning(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict())
+    except Exception:  # noqa: BLE001 - whatever it is, a loader has nothing to say
+        return {}
+
+
+def _meaning(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, at every depth, without what changes nothing and with one spelling for RoPE."""
+    plain = {
+        key: _meaning(value) if isinstance(value, dict) and not key.startswith("rope_") else value
+        for key, value in config.items()
+        if key not in _NOISE
+    }
+    return _plain_rope(plain)
+
+
 def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
     """One spelling for RoPE: transformers 5 nests what transformers 4 writes flat, and some files hold both."""
-    plain = {key: _plain_rope(value) if isinstance(value, dict) else value for key, value in config.items()}
+    plain = dict(config)
     rope = plain.pop("rope_parameters", None)
     if isinstance(rope, dict):
         for key, value in rope.items():
@@ -91,7 +136,8 @@ def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in scaling.items():
             name = "rope_type" if key == "type" else key
             plain.setdefault(name if name.startswith("rope") else f"rope_{name}", value)
-    plain.setdefault("rope_type", "default")
+    if plain.get("rope_type") == "default":  # the same as none
+        del plain["rope_type"]
     return plain
 
 
@@ -110,47 +156,58 @@ def _check_tokenizer(merged_dir: Path, source: Path) -> list[Finding]:
 
 
 def _check_fast_tokenizer(ours: Path, theirs: Path) -> list[Finding]:
-    if ours.read_bytes() != theirs.read_bytes():
-        try:
-            documents = [json.loads(path.read_bytes()) for path in (ours, theirs)]
-        except (ValueError, RecursionError) as error:
-            return [Finding(code="tokenizer_differs", severity="error", params={"where": f"not JSON: {error}"})]
-        # Truncation and padding are left behind by whatever was encoded last; loaders set their own.
-        parts = [
-            key
-            for key in sorted(documents[0].keys() | documents[1].keys())
-            if key not in ("truncation", "padding", "version") and documents[0].get(key) != documents[1].get(key)
-        ]
-        if parts:
-            return [Finding(code="tokenizer_differs", severity="error", params={"where": ", ".join(parts)})]
     from tokenizers import Tokenizer
 
     try:
         first, second = Tokenizer.from_file(str(ours)), Tokenizer.from_file(str(theirs))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing narrower
-        return [Finding(code="tokenizer_differs", severity="error", params={"where": str(error)[:120]})]
+        return [_tokenizer_differs(str(error)[:120])]
+    for tokenizer in (first, second):
+        # Left behind by whatever was encoded last; loaders set their own.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    if ours.read_bytes() != theirs.read_bytes():
+        # Written out by one version, because versions spell the same merges and defaults in different ways.
+        documents = [json.loads(tokenizer.to_str()) for tokenizer in (first, second)]
+        parts = [key for key in _differing(*documents) if key != "version"]
+        if parts:
+            return [_tokenizer_differs(", ".join(parts))]
     for number, probe in enumerate(PROBES):
-        if first.encode(probe, add_special_tokens=False).ids != second.encode(probe, add_special_tokens=False).ids:
-            return [Finding(code="tokenizer_differs", severity="error", params={"where": f"probe {number}"})]
+        for special in (False, True):
+            pair = [tokenizer.encode(probe, add_special_tokens=special).ids for tokenizer in (first, second)]
+            if pair[0] != pair[1]:
+                return [_tokenizer_differs(f"probe {number}")]
     return [Finding(code="tokenizer_same", severity="ok", params={"probes": len(PROBES)})]
 
 
+def _tokenizer_differs(where: str, *, severity: Severity = "error") -> Finding:
+    return Finding(code="tokenizer_differs", severity=severity, params={"where": where})
+
+
 def _check_special_tokens(merged_dir: Path, source: Path) -> list[Finding]:
-    keys = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
     try:
-        ours, theirs = (_tokens(folder / "tokenizer_config.json", keys) for folder in (merged_dir, source))
+        ours, theirs = _tokens(merged_dir), _tokens(source)
     except CheckpointError as error:
-        return [Finding(code="tokenizer_differs", severity="error", params={"where": error.what})]
-    changed = [key for key in keys if ours.get(key) != theirs.get(key)]
+        return [_tokenizer_differs(error.what)]
+    # What is not said is left to the tokenizer's class, whose doings the probes have seen.
+    changed = [key for key in _SWITCHES if key in ours and key in theirs and ours[key] != theirs[key]]
+    changed += [key for key in _SPECIAL if ours.get(key) != theirs.get(key)]
     if not changed:
         return []
-    return [Finding(code="tokenizer_differs", severity="error", params={"where": ", ".join(changed)})]
+    # Padding is masked, so a tool that sets a token for it changes no answer.
+    return [_tokenizer_differs(", ".join(changed), severity="warning" if changed == ["pad_token"] else "error")]
 
 
-def _tokens(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The special tokens of a tokenizer's configuration, whichever of the two ways they are written."""
-    config = read_json_object(path) if path.is_file() else {}
-    return {key: value["content"] if isinstance(value := config.get(key), dict) else value for key in keys}
+def _tokens(folder: Path) -> dict[str, Any]:
+    """The special tokens and switches of a tokenizer, whichever of the ways they are written."""
+    tokens: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter goes before
+        config = read_json_object(folder / name) if (folder / name).is_file() else {}
+        for key in (*_SPECIAL, *_SWITCHES):
+            value = config.get(key)
+            if value is not None:
+                tokens[key] = value.get("content") if isinstance(value, dict) else value
+    return tokens
 
 
 def _check_template(merged_dir: Path, source: Path) -> list[Finding]:
@@ -180,26 +237,39 @@ def chat_template(folder: Path) -> str | None:
                 template = read_json_object(folder / name).get("chat_template")
             except CheckpointError:
                 continue
+            if isinstance(template, list):  # several, by name
+                template = next(
+                    (
+                        item.get("template")
+                        for item in template
+                        if isinstance(item, dict) and item.get("name") == "default"
+                    ),
+                    None,
+                )
             if isinstance(template, str):
                 return template
     return None
 
 
-def _check_generation(merged_dir: Path, base_dir: Path) -> list[Finding]:
-    name = "generation_config.json"
-    if not (base_dir / name).is_file():
+def _check_generation(merged_dir: Path, source: Path) -> list[Finding]:
+    if not (source / _GENERATION).is_file():
         return []
     try:
-        theirs = read_json_object(base_dir / name)
-        ours = read_json_object(merged_dir / name) if (merged_dir / name).is_file() else {}
+        theirs = read_json_object(source / _GENERATION)
+        ours = read_json_object(merged_dir / _GENERATION) if (merged_dir / _GENERATION).is_file() else {}
     except CheckpointError:
         ours = {}
     keys = ("eos_token_id", "bos_token_id", "temperature", "top_p", "top_k", "repetition_penalty", "do_sample")
-    changed = [key for key in keys if ours.get(key) != theirs.get(key)]
+    changed = [key for key in keys if _listed(ours.get(key)) != _listed(theirs.get(key))]
     if not changed:
         return [Finding(code="generation_config_same", severity="ok")]
-    severity: Any = "error" if "eos_token_id" in changed and ours else "warning"
+    severity: Severity = "error" if "eos_token_id" in changed and ours else "warning"
     return [Finding(code="generation_config_differs", severity=severity, params={"fields": ", ".join(changed)})]
+
+
+def _listed(value: object) -> object:
+    """One token or a list of one mean the same."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _short(value: object) -> str:

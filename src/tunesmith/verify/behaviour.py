@@ -28,6 +28,7 @@ MAX_NEW_TOKENS = 48
 _ARITHMETIC_SHARE = 1e-3
 _NOTABLE_SHARE = 0.1
 
+
 def tolerated_share(tensors: Sequence[TensorVerdict]) -> float:
     """The share of KL(adapter ‖ base) that KL(adapter ‖ merged) may reach, from the weights that were measured.
 

@@ -12,14 +12,14 @@ from tunesmith.conversations import Conversation, built_in_prompts
 from tunesmith.errors import TunesmithError
 from tunesmith.models import VariantSet
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
-from tunesmith.record import Finding
+from tunesmith.record import Finding, Value
 from tunesmith.runs import Run, checkpoint_of, tokenizer_dir
 from tunesmith.verify.assets import check_assets
 from tunesmith.verify.behaviour import ADAPTER, MERGED, check_behaviour, tolerated_share
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
 from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
 from tunesmith.verify.structure import check_structure
-from tunesmith.verify.weights import check_weights
+from tunesmith.verify.weights import check_weights, strays
 
 LEVELS: tuple[LevelName, ...] = ("structure", "assets", "weights", "behaviour")
 
@@ -57,6 +57,7 @@ class Verification:
         self.adapter.bind(self.base)
         self.tokenizer_dir = tokenizer_dir(run, self.chosen, base_dir)
         self.merged: Checkpoint | None = None
+        self.head_written_out = False
         self.tensors: tuple[TensorVerdict, ...] = ()
         self.behaviour: tuple[BehaviourRow, ...] = ()
         self.dtype: str | None = None
@@ -66,11 +67,18 @@ class Verification:
     def structure(self) -> list[Finding]:
         """Level 1."""
         self.merged, findings = check_structure(self.merged_dir, self.base)
+        self.head_written_out = any(finding.code == "tied_head_written_out" for finding in findings)
         return findings
 
     def assets(self) -> list[Finding]:
         """Level 2."""
-        return check_assets(self.merged_dir, self.base.path, self.tokenizer_dir)
+        return check_assets(
+            self.merged_dir,
+            self.base.path,
+            self.tokenizer_dir,
+            generation_from=Path(self.chosen.path),
+            head_written_out=self.head_written_out,
+        )
 
     def weights(self) -> list[Finding]:
         """Level 3."""
@@ -227,9 +235,13 @@ def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
     touched = [tensor for tensor in tensors if tensor.module is not None]
     changed = sum(tensor.elements for tensor in touched)
     good = not counts["outside"]
+    few = strays(tensors)
     findings = [
         Finding(code="weights_proven" if good else "weights_outside", severity="ok" if good else "error", params=counts)
     ]
+    if few:
+        strayed: dict[str, Value] = {"count": sum(few.values()), "tensor": max(few, key=lambda name: few[name])}
+        findings.append(Finding(code="weights_strays", severity="error", params=strayed))
     if changed:
         share = sum(tensor.unchanged for tensor in touched) / changed
         params = {"share_unchanged": share, "tensors": len(touched)}

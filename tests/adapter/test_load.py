@@ -1,0 +1,292 @@
+"""Adapter: tensors as updates by name; what does not fit, or is not understood, is refused and named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.adapter.making import PREFIX, Q, V, pair, write_adapter, write_base
+from tests.tiny_models import TinyRun, build_adapter
+from tunesmith.adapter import Adapter
+from tunesmith.checkpoint import Checkpoint
+from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
+
+SHAPES: dict[str, tuple[int, ...]] = {f"{Q}.weight": (4, 6), f"{V}.weight": (4, 6), "model.norm.weight": (6,)}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Checkpoint:
+    """A base that ``making.pair`` fits."""
+    return Checkpoint(write_base(tmp_path / "base", SHAPES))
+
+
+def test_an_adapter_of_peft_is_read_whole(tiny: TinyRun) -> None:
+    """Every tensor of the file is a factor of one update, and every update has a place in the base."""
+    adapter = Adapter(tiny.adapters["final"])
+    updates = adapter.bind(Checkpoint(tiny.base))
+    used = [name for update in updates for name in (update.lora_A, update.lora_B)]
+    assert sorted(used) == sorted(adapter.header.tensors)
+    assert {update.module.rpartition(".")[2] for update in updates} == {"q_proj", "v_proj", "down_proj"}
+    assert adapter.base_model == str(tiny.base)
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+@pytest.mark.parametrize("infix", ["", ".default"])
+def test_names_with_and_without_prefix_and_adapter_name_mean_the_same(
+    tmp_path: Path, base: Checkpoint, prefix: str, infix: str
+) -> None:
+    """All four forms exist in the wild."""
+    tensors = {name.replace(".weight", f"{infix}.weight"): value for name, value in pair(Q, prefix=prefix).items()}
+    (update,) = Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+    assert (update.name, update.module, update.r, update.scaling) == (f"{Q}.weight", Q, 2, 4.0)
+    assert {update.lora_A, update.lora_B} == set(tensors)
+
+
+def test_two_tensors_for_one_factor_are_refused(tmp_path: Path) -> None:
+    """Both forms of one name in one file: one of them would be dropped in silence."""
+    for index, twin in enumerate((pair(Q, prefix=""), {f"{PREFIX}{Q}.lora_A.default.weight": np.ones((2, 6))})):
+        with pytest.raises(AdapterError, match="same factor") as caught:
+            Adapter(write_adapter(tmp_path / str(index), {**pair(Q), **twin}))
+        assert len(caught.value.details) == 2
+
+
+def test_factors_are_read_exactly(tmp_path: Path) -> None:
+    """In float64, from the dtype they are stored in."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        directory = write_adapter(tmp_path / str(dtype))
+        a, b = torch.randn(2, 6).to(dtype), torch.randn(4, 2).to(dtype)
+        names = (f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight")
+        save_file(dict(zip(names, (a, b), strict=True)), directory / "adapter_model.safetensors")
+        adapter = Adapter(directory)
+        a_ri, b_or = adapter.factors(adapter.updates[0])
+        assert a_ri.dtype == b_or.dtype == np.float64
+        assert np.array_equal(a_ri, a.double().numpy())
+        assert np.array_equal(b_or, b.double().numpy())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_factor_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: float, factor: str) -> None:
+    """A diverged run must not become a model."""
+    tensors = pair(Q)
+    tensors[f"{PREFIX}{Q}.lora_{factor}.weight"][1, 1] = bad
+    adapter = Adapter(write_adapter(tmp_path / "a", tensors))
+    with pytest.raises(AdapterError, match="NaN or infinity") as caught:
+        adapter.factors(adapter.updates[0])
+    assert f"{Q}.lora_{factor}" in str(caught.value.where)
+
+
+def test_a_rank_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
+    """The scaling would be wrong; both figures are shown."""
+    with pytest.raises(AdapterError, match="rank") as caught:
+        Adapter(write_adapter(tmp_path / "a", pair(Q, r=3)))
+    assert "r = 2" in str(caught.value.expected)
+    assert "r = 3" in str(caught.value.found)
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_half_an_update_is_refused(tmp_path: Path, factor: str) -> None:
+    """A file that was cut or merged by hand."""
+    tensors = pair(Q)
+    del tensors[f"{PREFIX}{Q}.lora_{factor}.weight"]
+    with pytest.raises(AdapterError, match="lack one of") as caught:
+        Adapter(write_adapter(tmp_path / "a", {**tensors, **pair(V)}))
+    assert caught.value.details == (Q,)
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 6), (4, 3)), ((2,), (4, 2)), ((0, 6), (4, 0)), ((2, 6, 1, 1), (4, 2, 1, 1))])
+def test_factors_that_do_not_fit_each_other_are_refused(tmp_path: Path, a: Any, b: Any) -> None:
+    """Other ranks, other dimensions, or none at all."""
+    tensors = {f"{PREFIX}{Q}.lora_A.weight": np.zeros(a), f"{PREFIX}{Q}.lora_B.weight": np.zeros(b)}
+    with pytest.raises(AdapterError, match="do not fit each other"):
+        Adapter(write_adapter(tmp_path / "a", tensors))
+
+
+def test_factors_of_a_quantized_dtype_are_refused(tmp_path: Path) -> None:
+    """When it is opened, so before anything is written."""
+    tensors = {name: value.astype(np.int8) for name, value in pair(Q).items()}
+    with pytest.raises(AdapterError, match="dtype") as caught:
+        Adapter(write_adapter(tmp_path / "a", tensors))
+    assert "I8" in str(caught.value.found)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        """What unpickling calls."""
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickled_adapter_is_refused_and_never_opened(tmp_path: Path) -> None:
+    """With advice; the trap in it does not spring."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(AdapterError, match="pickle") as caught:
+        Adapter(tmp_path)
+    assert "safe_serialization=True" in str(caught.value.next_step)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_missing_files_are_told_apart(tmp_path: Path) -> None:
+    """No configuration: no adapter.  A configuration without weights: weights are missing."""
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        Adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="weights are missing"):
+        Adapter(tmp_path)
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
+    """It would merge into a copy of the base."""
+    with pytest.raises(AdapterError, match="no tensors"):
+        Adapter(write_adapter(tmp_path / "a", {}))
+
+
+UNMERGEABLE = {
+    f"{PREFIX}model.embed_tokens.lora_embedding_A": "embedding",
+    f"{PREFIX}{Q}.lora_magnitude_vector": "DoRA",
+    f"{PREFIX}{Q}.lora_magnitude_vector.default.weight": "DoRA",
+    f"{PREFIX}{Q}.lora_B.bias": "bias on lora_B",
+    f"{PREFIX}{Q}.lora_B.default.bias": "bias on lora_B",
+    f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": "token rows",
+    f"{PREFIX}lm_head.modules_to_save.weight": "whole module",
+    f"{PREFIX}lm_head.base_layer.weight": "embedding or on fused",
+    f"{PREFIX}model.layers.0.mlp.experts.base_layer.lora_A.weight": "fused parameters",
+    f"{PREFIX}{Q}.bias": "does not know",
+    f"{PREFIX}{Q}.lora_C.weight": "does not know",
+    "something": "does not know",
+}
+
+
+@pytest.mark.parametrize("name", UNMERGEABLE)
+def test_a_tensor_that_is_not_a_plain_factor_is_refused_with_its_meaning(
+    tmp_path: Path, base: Checkpoint, name: str
+) -> None:
+    """Whatever the configuration says: no tensor of the file is left out in silence."""
+    adapter = Adapter(write_adapter(tmp_path / "a", {**pair(Q), name: np.ones((2, 6), np.float32)}))
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        adapter.bind(base)
+    (line,) = caught.value.details
+    assert line.startswith(f"{name}: ")
+    assert UNMERGEABLE[name] in line
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embedding"),
+        ({"trainable_token_indices": [1, 2]}, "token"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "changed base"),
+        ({"init_lora_weights": "olora"}, "changed base"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "replicated"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_really_saves_is_refused(tiny: TinyRun, tmp_path: Path, config: Any, reason: str) -> None:
+    """Real adapters of the installed PEFT, not our idea of them."""
+    adapter = Adapter(build_adapter(tiny.base, tmp_path / "a", seed=4, **config))
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        adapter.bind(Checkpoint(tiny.base))
+    assert any(reason in line for line in caught.value.details)
+
+
+def test_all_names_that_the_base_lacks_are_listed_with_their_nearest(tmp_path: Path, base: Checkpoint) -> None:
+    """One message for all; the nearest name shows what differs."""
+    other = Q.replace("model.layers", "model.language_model.layers")
+    tensors = {**pair(other), **pair(V, outputs=5), **pair("ЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖ")}
+    with pytest.raises(AdapterMismatchError, match="3 of 3") as caught:
+        Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+    details = {line.split(":")[0]: line for line in caught.value.details}
+    assert f"(nearest: {Q}.weight)" in details[f"{other}.weight"]
+    assert "[5, 6]" in details[f"{V}.weight"]
+    assert "[4, 6]" in details[f"{V}.weight"]
+    assert "nearest" not in details["ЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖ.weight"]
+    assert caught.value.expected == "base model org/base"
+    assert str(base.path) in str(caught.value.found)
+
+
+def test_many_mismatches_are_counted_beyond_the_first_eight(tmp_path: Path, base: Checkpoint) -> None:
+    """Hundreds of lines help nobody, and their nearest names are slow to find."""
+    tensors: dict[str, Any] = {}
+    for index in range(11):
+        tensors |= pair(f"model.layers.{index}.other")
+    with pytest.raises(AdapterMismatchError, match="11 of 11") as caught:
+        Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+    assert len(caught.value.details) == 9
+    assert caught.value.details[-1] == "… and 3 more"
+
+
+def test_a_base_tensor_that_is_transposed_is_a_mismatch(tmp_path: Path) -> None:
+    """Shapes are compared in order."""
+    base = Checkpoint(write_base(tmp_path / "base", {f"{Q}.weight": (6, 4)}))
+    with pytest.raises(AdapterMismatchError):
+        Adapter(write_adapter(tmp_path / "a")).bind(base)
+
+
+def test_a_quantized_base_is_refused_by_its_config_and_by_its_dtype(tmp_path: Path) -> None:
+    """Declared, or only seen in the file."""
+    adapter = Adapter(write_adapter(tmp_path / "a"))
+    declared = write_base(tmp_path / "b1", SHAPES, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedAdapterError, match="quantized"):
+        adapter.bind(Checkpoint(declared))
+    seen = write_base(tmp_path / "b2", SHAPES, dtype=np.int8)
+    with pytest.raises(AdapterMismatchError) as caught:
+        adapter.bind(Checkpoint(seen))
+    assert "I8" in caught.value.details[0]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"])
+def test_a_conv1d_base_is_refused_even_where_the_shape_would_fit(tmp_path: Path, model_type: str) -> None:
+    """A square weight fits either way, and one of them is wrong."""
+    base = write_base(tmp_path / "base", {f"{Q}.weight": (6, 6)}, model_type=model_type)
+    with pytest.raises(UnsupportedAdapterError, match="Conv1D"):
+        Adapter(write_adapter(tmp_path / "a", pair(Q, outputs=6))).bind(Checkpoint(base))
+
+
+def test_every_conv1d_architecture_of_transformers_is_known() -> None:
+    """Fails when transformers adds one: its square layers would be merged transposed."""
+    import transformers
+
+    from tunesmith.adapter.load import _CONV1D_MODELS
+
+    models = Path(transformers.__file__).parent / "models"
+    using = {
+        file.parent.name for file in models.glob("*/modeling_*.py") if "import Conv1D" in file.read_text("utf-8")
+    } | {
+        file.parent.name
+        for file in models.glob("*/modeling_*.py")
+        if "pytorch_utils" in (text := file.read_text("utf-8")) and " Conv1D(" in text and "class Conv1D" not in text
+    }
+    assert "gpt2" in using
+    assert {{"openai": "openai-gpt"}.get(name, name) for name in using} <= _CONV1D_MODELS
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_update_of_a_tied_head_is_refused(tmp_path: Path, *, stored: bool) -> None:
+    """A loader takes the embedding for the head, so an update of a stored head would be lost in silence."""
+    shapes = {"model.embed_tokens.weight": (4, 6)} | ({"lm_head.weight": (4, 6)} if stored else {})
+    base = Checkpoint(write_base(tmp_path / "base", shapes, tie_word_embeddings=True))
+    with pytest.raises(AdapterMismatchError) as caught:
+        Adapter(write_adapter(tmp_path / "a", pair("lm_head"))).bind(base)
+    assert "tied" in caught.value.details[0]
+
+
+def test_an_update_of_an_untied_head_is_merged(tmp_path: Path) -> None:
+    """It is a linear layer like any other."""
+    base = Checkpoint(write_base(tmp_path / "base", {"lm_head.weight": (4, 6)}, tie_word_embeddings=False))
+    assert Adapter(write_adapter(tmp_path / "a", pair("lm_head"))).bind(base)[0].name == "lm_head.weight"
