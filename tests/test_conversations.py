@@ -284,3 +284,11 @@ def test_a_row_without_an_answer_cannot_be_encoded(tokenizer: PreTrainedTokenize
     with pytest.raises(DataError, match="without an answer") as caught:
         encode(tokenizer, row(8, "only a question"))
     assert caught.value.where == "row-8"
+
+
+def test_a_template_whose_generation_prompt_is_not_how_answers_begin_is_refused() -> None:
+    """Such as one that opens the model's thinking there: the answer would be cut at the wrong place."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    with pytest.raises(DataError, match="answers cannot be told"):
+        encode(with_template(template), row(0, "question", "a long enough answer"))

@@ -198,10 +198,13 @@ def load_variants(
         The loaded variants, and what each of ``names`` is, in the order of ``names``.
 
     Raises:
+        DataError: no name is given.
         RunError: the run has no such adapter.
         BaseModelError: the base cannot be found.
     """
     run = as_run(run)
+    if not names:
+        raise DataError("No variant is named.", expected="base, final, checkpoint-N, or a merged model's directory")
     infos: list[VariantInfo] = []
     base_name, base_dir = base_of(run, run.checkpoints[-1], base, progress=progress)
     for name in names:
@@ -492,7 +495,7 @@ def verdict_sentence(verdict: Verdict, lang: str = "en") -> str:
 def _adapter_facts(run: Run, base: str | None, checkpoint: str | int) -> AdapterFacts | None:
     try:
         return inspect(run, base=base, checkpoint=checkpoint).adapter
-    except AdapterError:
+    except (AdapterError, CheckpointError):
         return None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+import tunesmith as ts
 from tests.cli.conftest import Cli, Result, tree
 from tests.tiny_models import TinyRun, build_base, edit_json
+from tunesmith.cli.chat import _questions
 
 
 def refused(done: Result, *words: str) -> None:
@@ -54,13 +59,13 @@ def test_json_error_is_one_document(cli: Cli, tmp_path: Path) -> None:
     assert document["where"] == str(tmp_path / "nope")
 
 
-@pytest.mark.parametrize("verb", ["merge", "compare", "verify"])
+@pytest.mark.parametrize("verb", ["merge", "verify"])
 def test_base_of_another_shape(cli: Cli, run_dir: Path, tiny: TinyRun, tmp_path: Path, verb: str) -> None:
     """All mismatches are listed with both shapes, before anything is written."""
     other = tmp_path / "other"
     build_base(other, hidden_size=32)
     before = tree(tmp_path)
-    arguments = {"merge": ["--out", tmp_path / "out"], "compare": [], "verify": [tiny.merged]}[verb]
+    arguments = {"merge": ["--out", tmp_path / "out"], "verify": [tiny.merged]}[verb]
     done = cli(verb, run_dir, *arguments, "--base", other)
     refused(done, "q_proj", "64", "32")
     assert tree(tmp_path) == before
@@ -224,9 +229,20 @@ def test_prompts_that_cannot_be_read(
     assert "load" not in done.err
 
 
-def test_questions_that_are_not_utf8(cli: Cli, run_dir: Path) -> None:
-    """A pipe of other bytes is refused, not asked in part."""
-    refused(cli("chat", run_dir, "--dtype", "fp32", stdin=b"caf\xe9?\n"), "UTF-8")
+def test_question_that_is_not_utf8(cli: Cli, run_dir: Path) -> None:
+    """Found before any model is loaded."""
+    done = cli("chat", run_dir, "--prompt", os.fsdecode(b"caf\xe9?"))
+    refused(done, "UTF-8", "caf")
+    assert "load" not in done.err
+
+
+def test_piped_questions_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe of other bytes is refused where they begin; the questions before them are asked."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Fine?\ncaf\xe9?\n")))
+    questions = _questions(None, "final")
+    assert next(questions) == "Fine?"
+    with pytest.raises(ts.TunesmithError, match="not UTF-8"):
+        next(questions)
 
 
 def test_demo_into_a_directory_that_holds_something_else(cli: Cli, tmp_path: Path) -> None:

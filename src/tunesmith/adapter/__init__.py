@@ -3,6 +3,7 @@
 All of PEFT's semantics (scaling, patterns, names) live here; what is not understood is refused, never skipped.
 """
 
+from tunesmith.adapter.config import PLAIN_INITS
 from tunesmith.adapter.facts import delta_norm, describe
 from tunesmith.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from tunesmith.adapter.records import AdapterFacts, LowRank, ModuleFacts
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterFacts",
     "LowRank",
     "ModuleFacts",
+    "PLAIN_INITS",
     "delta_norm",
     "describe",
 ]

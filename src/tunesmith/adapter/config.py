@@ -48,7 +48,8 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA",
 }
 
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# The other initialisations subtract the adapter's start from the base's weights.
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def refusals(config: Mapping[str, Any]) -> list[str]:
@@ -71,7 +72,7 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
         if config.get(field) and config[field] != "none"
     ]
     init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
+    if init not in PLAIN_INITS:
         reasons.append(
             f"init_lora_weights = {_short(init)}: the update is relative to a changed base, not to the one named"
         )

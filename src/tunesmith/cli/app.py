@@ -124,13 +124,13 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, Cancelled):
         _stopped()
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
-        _drop_output()
         error = TunesmithError(_OUTSIDE[error.errno], where=error.filename, found=error.strerror)
     if not isinstance(error, TunesmithError):
         raise error
     from tunesmith.cli.output import show_error
 
     show_error(error, as_json="--json" in sys.argv)
+    _drop_output()
     sys.exit(error.exit_code)
 
 

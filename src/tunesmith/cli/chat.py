@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, DtypeOption, RunArgument
 from tunesmith.cli.output import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from tunesmith.cli.screen import Screen
 
 
 def chat(
@@ -39,6 +43,8 @@ def chat(
 
     Example: tunesmith chat out/security --checkpoint 200 --prompt "What is SQL injection?"
     """
+    for given in (prompt, system):
+        _require_text(given or "")
     name = "base" if checkpoint == "none" else checkpoint
     settings = ts.GenerationSettings(
         max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, seed=seed
@@ -58,10 +64,24 @@ def _questions(prompt: str | None, name: str) -> Iterator[str]:
     elif sys.stdin.isatty():
         yield from _typed(name)
     else:
-        try:
-            yield from (line.strip() for line in sys.stdin if line.strip())
-        except UnicodeDecodeError as error:
-            raise ts.TunesmithError("Standard input is not UTF-8 text.", found=error) from error
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        for line in sys.stdin:
+            _require_text(line)
+            if question := line.strip():
+                yield question
+
+
+def _require_text(question: str) -> None:
+    """Refuse bytes that are no text; Python hands them on as lone surrogates, which no tokenizer takes."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ts.TunesmithError(
+            "The question is not UTF-8 text.",
+            found=ascii(question.strip())[:80],
+            next_step="convert it: iconv -t utf-8",
+        ) from error
 
 
 def _typed(name: str) -> Iterator[str]:
@@ -70,8 +90,26 @@ def _typed(name: str) -> Iterator[str]:
     screen = console(stderr=True)
     screen.say(f"Talking to {name}. Ctrl-C stops a reply; an empty line ends.", style="dim")
     with suppress(EOFError):
-        while question := screen.input("\n> ").strip():
+        while question := _line(screen).strip():
+            _require_text(question)
             yield question
+
+
+def _line(screen: Screen) -> str:
+    try:
+        return _prompted(screen)
+    except KeyboardInterrupt:
+        # It may have been meant for a reply that ended just before.
+        screen.say("\nCtrl-C again, or an empty line, ends.", style="dim")
+        return _prompted(screen)
+
+
+def _prompted(screen: Screen) -> str:
+    screen.say()
+    if sys.stdout.isatty():
+        return input("> ")  # readline must know the prompt to redraw the line
+    screen.print("> ", end="")
+    return input()
 
 
 def _reply(

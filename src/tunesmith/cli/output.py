@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import tunesmith as ts
@@ -46,14 +46,15 @@ def print_json(record: Record, *, indent: int | None = 2) -> None:
 
 def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
     """Tell the user what is wrong, where, and what to do next."""
-    if as_json:
-        _write_json(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2))
     from rich.text import Text
 
     from tunesmith.cli.screen import clean
 
     message = Text("Error: ", style="bold red").append(clean(str(error)), style="default")
     console(stderr=True).print(message, soft_wrap=True)
+    if as_json:
+        with suppress(OSError):  # standard output may be what failed
+            _write_json(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2))
 
 
 def command(*words: object) -> str:

@@ -26,7 +26,11 @@ def verify(
     checkpoint: CheckpointOption = "final",
     level: Annotated[
         list[str] | None,
-        typer.Option("--level", help="structure, assets, weights or behaviour; repeat for several. Default: all."),
+        typer.Option(
+            "--level",
+            metavar="LEVEL",
+            help="structure, assets, weights or behaviour; repeat for several. Default: all.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for the behaviour level.")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAIN_INITS
 from tunesmith.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -28,8 +29,6 @@ from tunesmith.record import Part
 BASE = "base"
 _SHOWN_KEYS = 10
 _SAMPLED = 256
-# The other initialisations subtract the adapter's start from the base's weights when it is loaded.
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 # These act through hooks of PeftModel.forward, or rebuild the base.
 _NOT_BESIDE_A_BASE = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 
@@ -294,9 +293,8 @@ def _load_tokenizer(path: Path) -> Any:
 def _read_adapter_config(path: Path) -> Any:
     from peft import PeftConfig
 
-    _require_files(path, ("adapter_config.json",), AdapterError)
-    if not any((path / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise AdapterError("The adapter has no weights.", where=path, expected="adapter_model.safetensors")
+    # PEFT would fall back to a pickle.
+    _require_files(path, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), AdapterError)
     try:
         config = PeftConfig.from_pretrained(str(path))
     except Exception as error:
@@ -307,7 +305,7 @@ def _read_adapter_config(path: Path) -> Any:
             "Only LoRA adapters can be run here.", where=path, expected="peft_type LORA", found=kind
         )
     strange = [field for field in _NOT_BESIDE_A_BASE if getattr(config, field, None)]
-    if config.init_lora_weights not in _PLAIN_INITS:
+    if config.init_lora_weights not in PLAIN_INITS:
         strange.append("init_lora_weights")
     if strange:
         raise UnsupportedAdapterError(

@@ -27,6 +27,7 @@ MAX_NEW_TOKENS = 48
 # Of KL(adapter ‖ base), the tuning's own effect: what float32 arithmetic may seem to lose, and what deserves a word.
 _ARITHMETIC_SHARE = 1e-3
 _NOTABLE_SHARE = 0.1
+_UNMEASURED_SHARE = 0.5
 
 
 def tolerated_share(tensors: Sequence[TensorVerdict]) -> float:
@@ -38,7 +39,9 @@ def tolerated_share(tensors: Sequence[TensorVerdict]) -> float:
     """
     moved = [(tensor, tensor.delta_norm**2) for tensor in tensors if tensor.relative_error is not None]
     total = sum(weight for _, weight in moved)
-    if not total or any(tensor.outside for tensor in tensors):
+    if not total:
+        return _UNMEASURED_SHARE
+    if any(tensor.outside for tensor in tensors):
         return _NOTABLE_SHARE
     squared = sum((tensor.relative_error or 0.0) ** 2 * weight for tensor, weight in moved) / total
     return max(4 * squared, _ARITHMETIC_SHARE)
