@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.sabotage.workshop import Workshop, check, deltas, flip_bit, make_workshop, peft_merge, rewrite
+from tests.sabotage.workshop import Workshop, check, deltas, flip_bit, make_base, make_workshop, peft_merge, rewrite
 from tests.tiny_models import edit_json
 from tunesmith.checkpoint import weights_sha256
 from tunesmith.errors import TunesmithError
@@ -85,10 +86,17 @@ def test_behaviour_alone_verifies_nothing_and_weights_alone_do(shop: Workshop) -
     assert check(shop.run, shop.merged, shop.base, levels=("weights",)).answer == "identical"
 
 
+def test_behaviour_alone_does_not_accuse_a_merge_of_its_rounding(shop: Workshop, tmp_path: Path) -> None:
+    """What rounding costs is not known then; the base in the merge's place is still told."""
+    assert check(shop.run, shop.merged, shop.base, levels=("behaviour",)).causes == ()
+    out = shutil.copytree(shop.merged, tmp_path / "merged")
+    shutil.copy(shop.base / WEIGHTS, out)
+    verdict = check(shop.run, out, shop.base, levels=("behaviour",))
+    assert [cause.code for cause in verdict.causes] == ["cause_behaviour"]
+
+
 def test_another_rounding_is_equal_and_not_identical(shop: Workshop, tmp_path: Path) -> None:
     """PEFT's ``safe_merge`` rounds Δ first."""
-    import torch
-
     out = peft_merge(shop.run, shop.base, tmp_path / "peft", dtype=torch.bfloat16, safe=True)
     verdict = check(shop.run, out, shop.base)
     assert (verdict.answer, verdict.good) == ("equal_within_rounding", True)
@@ -147,8 +155,6 @@ def test_a_damaged_checkpoint_beside_explains_nothing_and_breaks_nothing(shop: W
 
 def test_a_run_that_does_not_fit_its_base_is_an_error_and_no_verdict(shop: Workshop, tmp_path: Path) -> None:
     """There is nothing to hold the merge against."""
-    from tests.sabotage.workshop import make_base
-
     small = make_base(tmp_path / "small", hidden_size=32)
     with pytest.raises(TunesmithError):
         check(shop.run, shop.merged, small)

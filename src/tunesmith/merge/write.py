@@ -73,6 +73,7 @@ def merge(
     started = time.monotonic()
     _check_unchanged(plan)
     cancellation = cancellation or Cancellation()
+    failed = Cancellation()  # our own: the caller's flag is theirs to set
     total = sum(shard.size_bytes for shard in plan.shards)
     done = 0
     lock = threading.Lock()  # shards are written side by side, and their bytes are reported one after another
@@ -83,6 +84,7 @@ def merge(
             done += count
             progress(Progress("merge", done, total, "bytes", detail))
         cancellation.check()
+        failed.check()
 
     with staged_directory(Path(plan.out), force=plan.force) as stage:
         units = [_unit(plan, shard, stage) for shard in plan.shards]
@@ -90,7 +92,7 @@ def merge(
             try:
                 receipts = tuple(pool.map(lambda unit: write_shard(unit, wrote), units))
             except BaseException:
-                cancellation.cancel()  # so that the other units stop before their directory goes
+                failed.cancel()  # so that the other units stop before their directory goes
                 raise
         for asset in plan.assets:
             (stage / asset.filename).write_bytes(Path(asset.source).read_bytes())

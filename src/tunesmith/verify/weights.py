@@ -105,7 +105,7 @@ def check_weights(
     for name in names:
         update = updates.get(name)
         tally = Tally()
-        for tile in tally_tiles(merged, base, adapter, name, update):
+        for tile in _tallies(merged, base, adapter, name, update):
             tally.add(tile)
             done += tile.elements
             progress(Progress("verify weights", done, total, "elements", name))
@@ -114,31 +114,14 @@ def check_weights(
     return tuple(verdicts)
 
 
-def tally_tiles(
-    merged: Checkpoint,
-    base: Checkpoint,
-    adapter: Adapter,
-    name: str,
-    update: LowRank | None,
-    *,
-    scaled_by: float = 1.0,
-    rows: tuple[int, int] | None = None,
+def _tallies(
+    merged: Checkpoint, base: Checkpoint, adapter: Adapter, name: str, update: LowRank | None
 ) -> Iterator[Tally]:
-    """The tallies of one tensor's tiles.
-
-    Args:
-        merged: the merged model.
-        base: the base model.
-        adapter: where the factors are read from.
-        name: the tensor.
-        update: what should have been added to it; None for a tensor that should be as it was.
-        scaled_by: a further factor on Δ, for asking "what if".
-        rows: look at these only, from and up to; None for all.
-    """
+    """The tallies of one tensor's tiles; ``update`` is what should have been added to it, None for nothing."""
     info = base.info(name)
     a_RI, b_OR = adapter.factors(update) if update else (None, None)
-    scaling = update.scaling * scaled_by if update else 0.0
-    for start, stop in row_tiles(info) if rows is None else [rows]:
+    scaling = update.scaling if update else 0.0
+    for start, stop in row_tiles(info):
         stored = merged.read(name, start, stop)
         before = base.read(name, start, stop)
         same_form = merged.info(name).dtype == info.dtype
@@ -182,13 +165,13 @@ def classify(stored: Array, dtype: str, base: Float64, delta: Float64, bound: Fl
     value, x = as_float64(stored, dtype), base + delta
     added = value - base
     error = added - delta
-    finite = bool(np.isfinite(np.vdot(value, value)))
+    finite = bool(np.isfinite(_dot(value, value)))
     tally = Tally(
         elements=value.size,
         unchanged=int(np.count_nonzero(added == 0)),
-        delta_delta=float(np.vdot(delta, delta)),
-        added_delta=float(np.vdot(added, delta)) if finite else 0.0,
-        error_error=float(np.vdot(error, error)) if finite else float("inf"),
+        delta_delta=_dot(delta, delta),
+        added_delta=_dot(added, delta) if finite else 0.0,
+        error_error=_dot(error, error) if finite else float("inf"),
     )
     plain = _is_nearest(stored, x, dtype)
     tally.exact = int(np.count_nonzero(plain))
@@ -198,6 +181,12 @@ def classify(stored: Array, dtype: str, base: Float64, delta: Float64, bound: Fl
         early = _early_rounding(base[rest], delta[rest], x[rest], bounds, dtype)
         _classify_rest(tally, stored[rest], dtype, x[rest], early, bounds)
     return tally
+
+
+def _dot(first: Float64, second: Float64) -> float:
+    """Σ first·second by numpy itself: BLAS shares out even so short a sum, and waits long for it on a busy machine."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.einsum("i,i->", first.reshape(-1), second.reshape(-1)))
 
 
 def _is_nearest(stored: Array, x: Float64, dtype: str) -> npt.NDArray[np.bool_]:
