@@ -66,9 +66,9 @@ def merge_tile(stored_TI: Array, dtype: str, a_RI: Float64, b_TR: Float64, scali
         return merged_TI, TileSums(
             elements=merged_TI.size,
             unchanged=int(np.count_nonzero(merged_TI == stored_TI)),
-            delta_delta=float(np.vdot(delta_TI, delta_TI)),
-            realised_delta=float(np.vdot(realised_TI, delta_TI)),
-            error_error=float(np.vdot(error_TI, error_TI)),
+            delta_delta=float(np.einsum("ti,ti->", delta_TI, delta_TI)),
+            realised_delta=float(np.einsum("ti,ti->", realised_TI, delta_TI)),
+            error_error=float(np.einsum("ti,ti->", error_TI, error_TI)),
             overflowed=int(np.count_nonzero(~np.isfinite(realised_TI))),
         )
 
