@@ -15,7 +15,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CLI = ROOT / "docs" / "cli.md"
-HEAD = "# The command line\n\nWritten by `make docs` from the program's own help; do not edit.\n"
+HEAD = """# The command line
+
+Written by `make docs` from the program's own help; do not edit.
+
+Data goes to stdout, everything else to stderr; `--json` prints one document with a `schema_version`. Exit codes:
+
+| code | meaning |
+| --- | --- |
+| 0 | done, and good |
+| 1 | a bug of ours, with a traceback |
+| 2 | you can mend it: the message says what, where and what to type next |
+| 3 | it ran, and the answer is *no* (the merged model is not what was tested) |
+| 130 | interrupted; nothing half-made is left |
+| 141 | whoever read the output went away |
+"""
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 _MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
 
