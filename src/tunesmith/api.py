@@ -146,9 +146,10 @@ def train(
         DataError: a data set that cannot be trained on.
         MissingExtraError: the extra ``train`` is not installed.
     """
-    from tunesmith.train import read_recipe
+    from tunesmith.train import check_installed, read_recipe
     from tunesmith.train import train as fit
 
+    check_installed()
     parsed = read_recipe(recipe, overrides)
     name = parsed.model_name_or_path
     base = locate_base(name, relative_to=Path(recipe).parent, progress=progress)

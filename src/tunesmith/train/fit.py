@@ -43,6 +43,17 @@ class Compute(Protocol):
         """``cpu``, ``cuda`` …."""
 
 
+def check_installed() -> None:
+    """Refuse to begin where the libraries that train are not there.
+
+    Raises:
+        MissingExtraError: trl or datasets is not installed.
+    """
+    for package in _EXTRA_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("train", "train", package)
+
+
 def train(
     recipe: Recipe,
     *,
@@ -78,9 +89,7 @@ def train(
         BaseModelError: the base cannot be loaded.
         MissingExtraError: trl or datasets is not installed.
     """
-    for package in _EXTRA_PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError("train", "train", package)
+    check_installed()
     run_dir = claim(recipe, base_dir)
     resolved = {"dtype": compute.dtype, "eval_steps": recipe.eval_steps or recipe.save_steps, "output_dir": run_dir}
     base = _Base(base_dir, base_name, base_sha256, compute)
