@@ -79,3 +79,9 @@ def test_shown_commands_are_understood_by_the_program() -> None:
         options = {word for word in part.partition("):\n")[0].replace('"', " ").split() if word.startswith("--")}
         known = {option for parameter in commands[verb].params for option in parameter.opts}
         assert options <= known, verb
+
+
+def test_demo_that_made_nothing_is_begun_again_without_force(tmp_path: Path) -> None:
+    """A first try that lacked a package leaves the recipe and the data, which cost nobody anything."""
+    root = _prepare(tmp_path / "demo", force=False)
+    assert _prepare(tmp_path / "demo", force=False) == root

@@ -144,11 +144,12 @@ def _prepare(root: Path, *, force: bool) -> Path:
         raise OutputError("The demo's directory is a file.", where=root, next_step="choose another --out")
     there = [entry.name for entry in root.iterdir()] if root.is_dir() else []
     strangers = [name for name in there if name not in (*_FILES, *_MADE)]
-    if strangers or (there and not force):
+    made = [name for name in there if name in _MADE]
+    if strangers or (made and not force):
         raise OutputError(
             "The demo's directory holds other files." if strangers else "A demo was run here before.",
             where=root,
-            found=", ".join(sorted(strangers or there)[:6]),
+            found=", ".join(sorted(strangers or made)[:6]),
             next_step="choose another --out" + ("" if strangers else ", or pass --force to run it again"),
         )
     for name in there:
