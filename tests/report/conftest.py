@@ -164,7 +164,7 @@ def make_files() -> tuple[RunFile, ...]:
 @pytest.fixture
 def run() -> Run:
     """A healthy run of sixty steps."""
-    path = "/root/autodl-tmp/models/security007"
+    path = "/data/models/security007"
     log = make_log()
     losses = {row.step: row.loss for row in log if row.loss is not None}
     held_out = {row.step: row.eval_loss for row in log if row.eval_loss is not None}
@@ -274,7 +274,7 @@ def comparison() -> Comparison:
         run="security007",
         variants=(
             VariantInfo(name="base", kind="base", path=f"/models/{BASE}"),
-            VariantInfo(name="final", kind="adapter", path="/root/autodl-tmp/models/security007"),
+            VariantInfo(name="final", kind="adapter", path="/data/models/security007"),
         ),
         prompts=tuple(conversations()),
         replies=tuple(replies),
@@ -322,7 +322,7 @@ def merged(run: Run) -> Merged:
         adapter=run.path,
         base_model=BASE,
         base=f"/models/{BASE}",
-        out="/root/autodl-tmp/save/SmolLM2-135M-Security",
+        out="/data/save/SmolLM2-135M-Security",
         dtype="BF16",
         rounding="nearest",
         shards=(ShardPlan(filename="model.safetensors", size_bytes=269_060_552, tensors=272, updates=updates),),

@@ -135,7 +135,7 @@ def test_a_failed_verification_leads_with_its_cause_and_the_next_command(parts: 
     banner = document.split('id="verdict"')[1].split("</section>")[0]
     assert "Different" in banner
     assert "94 adapted modules were left out" in banner
-    assert "tunesmith verify /root/autodl-tmp/models/security007 /root/autodl-tmp/save/" in banner
+    assert "tunesmith verify /data/models/security007 /data/save/" in banner
     assert "chat_template.jinja" in banner
 
 
@@ -144,7 +144,7 @@ def test_a_missing_part_becomes_a_hint_with_its_command(parts: Parts, missing: s
     """The report says what would add the part, instead of failing or staying silent."""
     document = render_report(**{**parts, missing: None})  # type: ignore[arg-type]
     verb = {"adapter": "report", "comparison": "report", "merged": "report", "verdict": "verify"}[missing]
-    assert f"tunesmith {verb} /root/autodl-tmp/models/security007" in document
+    assert f"tunesmith {verb} /data/models/security007" in document
     shape_of(document)
 
 
@@ -155,7 +155,7 @@ def test_a_report_of_a_run_alone_renders(parts: Parts) -> None:
     )
     document = render_report(run=bare, adapter=None, comparison=None, merged=None, verdict=None)
     assert "Not verified" in document
-    assert "tunesmith merge /root/autodl-tmp/models/security007 --out DIR" in document
+    assert "tunesmith merge /data/models/security007 --out DIR" in document
     shape_of(document)
 
 
@@ -164,7 +164,7 @@ def test_a_comparison_without_scores_or_base_renders(parts: Parts) -> None:
     comparison = parts["comparison"]
     assert comparison is not None
     unscored = comparison.model_copy(update={"scores": ()})
-    assert "tunesmith compare /root/autodl-tmp/models/security007 --data FILE" in render_report(
+    assert "tunesmith compare /data/models/security007 --data FILE" in render_report(
         **{**parts, "comparison": unscored}
     )
     alone = comparison.model_copy(
