@@ -22,8 +22,8 @@ from tunesmith.verify import Verdict
 
 _FILES = ("recipe.yaml", "workshop_train.jsonl", "workshop_held_out.jsonl")
 _MADE = ("run", "merged", "comparison.json", "verdict.json", "report.html")
-PROMPTS = 6
-MAX_NEW_TOKENS = 160
+PROMPTS = 5
+MAX_NEW_TOKENS = 128
 
 
 class DemoStep(Part):
