@@ -1,4 +1,4 @@
-"""The demo's data, directory and commands; the whole story on the embedded model is the command line's own test."""
+"""The demo's data, directory and commands; `make demo` runs the whole story, which takes minutes."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
     """Let the allocator keep what tile arithmetic frees, instead of handing every temporary back to the kernel.
 
     glibc raises its threshold for returning memory to the size of the largest block that was ever freed, up to 32 MiB
-    (mallopt(3), M_MMAP_THRESHOLD).  Without this, faulting the same pages in again is three quarters of a merge's time
-    on a virtual machine; elsewhere it costs nothing.
+    (mallopt(3), M_MMAP_THRESHOLD).  Without this, faulting the same pages in again can take most of a merge's
+    time on a virtual machine.
     """
     import numpy as np
 
