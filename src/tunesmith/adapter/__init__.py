@@ -6,16 +6,36 @@ All of PEFT's semantics (scaling, patterns, names) live here; what is not unders
 from tunesmith.adapter.config import PLAIN_INITS
 from tunesmith.adapter.facts import delta_norm, describe
 from tunesmith.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
-from tunesmith.adapter.records import AdapterFacts, LowRank, ModuleFacts
+from tunesmith.adapter.records import (
+    AdapterFacts,
+    Added,
+    Binding,
+    Copied,
+    LowRank,
+    Magnitude,
+    ModuleFacts,
+    Replaced,
+    Rows,
+    Update,
+)
+from tunesmith.adapter.stack import Stack
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "Adapter",
     "AdapterFacts",
+    "Added",
+    "Binding",
+    "Copied",
     "LowRank",
+    "Magnitude",
     "ModuleFacts",
     "PLAIN_INITS",
+    "Replaced",
+    "Rows",
+    "Stack",
+    "Update",
     "delta_norm",
     "describe",
 ]

@@ -1,28 +1,174 @@
-"""The records that describe an adapter."""
+"""The records that describe an adapter, and what it makes of the base's tensors."""
 
 from __future__ import annotations
 
-from tunesmith.record import Part, Record
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunesmith.record import Finding, Part, Record, Value
+
+Span = tuple[int, int, int]
+"""First index, index to stop before, step: a ``slice`` that travels as JSON."""
 
 
 class LowRank(Part):
-    """One base tensor that the adapter changes: W' = W + scaling·B·A (LoRA, arXiv:2106.09685, section 4.1).
+    """A low-rank update: W' = W + scaling·B·A (LoRA, arXiv:2106.09685, section 4.1).
+
+    W is the tensor as a matrix: its first dimension by all the others; with ``block``, one matrix of a stack of them.
+    Updates of one tensor, or of one block, add up.
 
     Attributes:
-        name: the base tensor's name.
-        module: the adapted module's name.
+        name: the tensor that changes.
+        module: the adapted module's name, as the adapter has it.
         r: the rank.
-        scaling: what multiplies B·A.
-        lora_A: name of A in the adapter's file, shape (r, in).
-        lora_B: name of B, shape (out, r).
+        scaling: what multiplies B·A, the adapter's own weight in a stack included.
+        lora_A: name of A in the adapter's file, stored as (r, in, …).
+        lora_B: name of B, stored as (out, r, …).
+        adapter: which adapter of the stack.
+        transposed: whether W is stored as (in, out), so that (B·A)ᵀ is added.
+        block: index along the first of W's three dimensions; None for a tensor that is one matrix.
+        A_rows: the rows of A that are meant (one expert's); None for all.
+        A_columns: its columns.
+        B_rows: the rows of B (one of two projections that share it).
+        B_columns: its columns.
     """
 
+    kind: Literal["low_rank"] = "low_rank"
     name: str
     module: str
     r: int
     scaling: float
     lora_A: str
     lora_B: str
+    adapter: int = 0
+    transposed: bool = False
+    block: int | None = None
+    A_rows: Span | None = None
+    A_columns: Span | None = None
+    B_rows: Span | None = None
+    B_columns: Span | None = None
+
+
+class Copied(Part):
+    """A tensor that begins as a copy of another of the base's: a head that was tied, a replicated layer.
+
+    Attributes:
+        name: the tensor; the base may or may not have one of that name.
+        source: the base's tensor.
+    """
+
+    kind: Literal["copied"] = "copied"
+    name: str
+    source: str
+
+
+class Replaced(Part):
+    """A tensor that the adapter stores whole: ``modules_to_save``, a trained bias, a resized embedding.
+
+    Attributes:
+        name: the tensor; the base may have none, or one of another shape.
+        module: the module that it belongs to.
+        tensor: its name in the adapter's file.
+        adapter: which adapter of the stack.
+    """
+
+    kind: Literal["replaced"] = "replaced"
+    name: str
+    module: str
+    tensor: str
+    adapter: int = 0
+
+
+class Rows(Part):
+    """Rows of a tensor that the adapter stores whole: ``trainable_token_indices``.
+
+    Attributes:
+        name: the tensor.
+        module: the module that it belongs to.
+        tensor: name of the new rows in the adapter's file, shape (len(indices), columns).
+        indices: which rows they replace.
+        adapter: which adapter of the stack.
+    """
+
+    kind: Literal["rows"] = "rows"
+    name: str
+    module: str
+    tensor: str
+    indices: tuple[int, ...]
+    adapter: int = 0
+
+
+class Added(Part):
+    """A tensor of the adapter that is added as it is: b' = b + scaling·x (``lora_bias``).
+
+    Attributes:
+        name: the tensor.
+        module: the module that it belongs to.
+        tensor: name of x in the adapter's file, of the tensor's own shape.
+        scaling: what multiplies it.
+        adapter: which adapter of the stack.
+    """
+
+    kind: Literal["added"] = "added"
+    name: str
+    module: str
+    tensor: str
+    scaling: float
+    adapter: int = 0
+
+
+class Magnitude(Part):
+    """DoRA (arXiv:2402.09353, eq. 5): after all that is added, W' = m / ‖V‖ · V, with V = W + scaling·B·A.
+
+    Attributes:
+        name: the tensor.
+        module: the module that it belongs to.
+        tensor: name of m in the adapter's file; read as a vector.
+        per: whether ‖V‖ is taken of every ``row`` of the stored matrix (linear, convolution) or of every ``column``
+            (Conv1D and embeddings, which are stored the other way round).
+        adapter: which adapter of the stack.
+    """
+
+    kind: Literal["magnitude"] = "magnitude"
+    name: str
+    module: str
+    tensor: str
+    per: Literal["row", "column"]
+    adapter: int = 0
+
+
+Update = Annotated[LowRank | Copied | Replaced | Rows | Added | Magnitude, Field(discriminator="kind")]
+
+
+class Binding(Part):
+    """What a stack of adapters makes of one base: every change, by tensor, with nothing left over.
+
+    The updates of one tensor apply in this order, whatever their order here: it begins as the base's tensor of its
+    name, or as ``Copied`` or ``Replaced`` says; ``Rows`` are put in; every ``LowRank`` and ``Added`` is added;
+    ``Magnitude`` comes last.  It is rounded once, at the end.
+
+    Attributes:
+        updates: all of them.
+        shapes: the shape, after the merge, of every tensor that is new or changes its shape.
+        dropped: tensors of the base that the tuned model does not have.
+        config: changes to ``config.json``, by dotted key, such as ``text_config.vocab_size``.
+        findings: what the user should know.
+    """
+
+    updates: tuple[Update, ...]
+    shapes: dict[str, tuple[int, ...]] = {}
+    dropped: tuple[str, ...] = ()
+    config: dict[str, Value | dict[str, Value] | tuple[Value, ...]] = {}
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def by_name(self) -> dict[str, tuple[Update, ...]]:
+        """The updates of every tensor that changes, in the order of the adapter's file."""
+        table: dict[str, list[Update]] = {}
+        for update in self.updates:
+            table.setdefault(update.name, []).append(update)
+        return {name: tuple(updates) for name, updates in table.items()}
 
 
 class ModuleFacts(Part):
