@@ -12,13 +12,10 @@ import pytest
 from tests.adapter.making import Q, V, pair, write_adapter
 from tests.tiny_models import TinyRun, build_adapter, peft_alone
 from tunesmith.adapter import Adapter
-from tunesmith.adapter.config import HARMLESS, REFUSED, USED, Scaling, refusals
+from tunesmith.adapter.config import HARMLESS, REFUSED, USED, Scaling, refusals, residual_init
 from tunesmith.errors import AdapterError, UnsupportedAdapterError
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
-
-# A value that says something, where True would not be one of the field's.
-SAYS = {"bias": "all", "modules_to_save": ["lm_head"], "alora_invocation_tokens": [1], "layer_replication": [[0, 2]]}
 
 
 def test_every_field_of_the_installed_peft_is_in_exactly_one_table() -> None:
@@ -32,8 +29,7 @@ def test_every_field_of_the_installed_peft_is_in_exactly_one_table() -> None:
 @pytest.mark.parametrize("field", REFUSED)
 def test_each_refused_field_refuses_with_its_meaning(tmp_path: Path, field: str) -> None:
     """Through the door that a merge takes; the reason names the field, its value and what it is."""
-    value = SAYS.get(field, True)
-    adapter = Adapter(write_adapter(tmp_path / "a", **{field: value}))
+    adapter = Adapter(write_adapter(tmp_path / "a", **{field: True}))
     with pytest.raises(UnsupportedAdapterError) as caught:
         adapter.require_mergeable()
     assert [line for line in caught.value.details if line.startswith(f"{field} = ") and REFUSED[field] in line]
@@ -44,7 +40,13 @@ def test_a_refused_field_that_says_nothing_is_no_reason(field: str) -> None:
     """PEFT writes every field, most of them empty."""
     for nothing in (None, False, [], {}, ""):
         assert refusals({**PLAIN, field: nothing}) == []
-    assert refusals({**PLAIN, "bias": "none"}) == []
+
+
+def test_a_bias_that_peft_does_not_know_is_refused() -> None:
+    """The three that it knows are the tensors' to tell."""
+    for known in (None, "none", "all", "lora_only"):
+        assert refusals({**PLAIN, "bias": known}) == []
+    assert "bias = 'some'" in refusals({**PLAIN, "bias": "some"})[0]
 
 
 def test_a_plain_config_as_peft_writes_it_is_merged(tmp_path: Path) -> None:
@@ -72,17 +74,22 @@ def test_other_methods_are_refused_by_name(kind: object) -> None:
     assert repr(kind) in reason
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new", ["x"]])
-def test_an_init_on_a_changed_base_is_refused(init: object) -> None:
-    """B·A is then relative to what is left of the base, which nobody saved; unknown inits are taken for such."""
-    (reason,) = refusals({**PLAIN, "init_lora_weights": init})
-    assert "changed base" in reason
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", ["x"]])
+def test_an_init_on_a_changed_base_is_told(init: object) -> None:
+    """B·A is then relative to what is left of the base; unknown inits are taken for such."""
+    assert residual_init({**PLAIN, "init_lora_weights": init}) == f"init_lora_weights = {init!r}"
 
 
-@pytest.mark.parametrize("init", [None, True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [None, True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_an_init_that_leaves_the_base_alone_is_merged(init: object) -> None:
-    """These only choose where training starts."""
+    """These only choose where training starts; so do settings of a method that was not chosen."""
+    assert residual_init({**PLAIN, "init_lora_weights": init, "lora_ga_config": {"scale": "stable"}}) is None
     assert refusals({**PLAIN, "init_lora_weights": init}) == []
+
+
+def test_settings_of_a_changed_base_without_a_choice_are_told() -> None:
+    """A configuration that leaves the choice out, but configures LoftQ."""
+    assert residual_init({**PLAIN, "loftq_config": {"loftq_bits": 4}}) == "loftq_config = {'loftq_bits': 4}"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -117,7 +124,7 @@ def test_rank_and_scaling_are_pefts_own(tiny: TinyRun, tmp_path: Path, name: str
     }
     adapter = Adapter(path)
     adapter.require_mergeable()
-    assert {update.module: (update.r, update.scaling) for update in adapter.updates} == theirs
+    assert {adapted.module: (adapted.r, adapted.scaling) for adapted in adapter.adapted} == theirs
     assert len(theirs) == 6
 
 
@@ -127,7 +134,7 @@ def test_patterns_that_overlap_are_told(tmp_path: Path) -> None:
     adapter = Adapter(write_adapter(tmp_path / "a", pair(Q), alpha_pattern=patterns))
     assert [finding.code for finding in adapter.findings] == ["overlapping_patterns"]
     assert adapter.findings[0].params == {"module": Q}
-    assert adapter.updates[0].scaling == 2.0
+    assert adapter.adapted[0].scaling == 2.0
     same = Adapter(write_adapter(tmp_path / "b", pair(Q), alpha_pattern=dict.fromkeys(patterns, 4)))
     assert same.findings == []
     other = Adapter(write_adapter(tmp_path / "c", pair("model.x.v_proj"), alpha_pattern=patterns))

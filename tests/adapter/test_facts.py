@@ -20,16 +20,16 @@ NORM_TOLERANCE = 1e-12
 
 def dense_norm(adapter: Adapter, index: int) -> float:
     """The oracle: form the product and take its norm."""
-    update = adapter.updates[index]
-    a_ri, b_or = adapter.factors(update)
-    return float(np.linalg.norm(update.scaling * (b_or @ a_ri)))
+    adapted = adapter.adapted[index]
+    a_ri, b_or = adapter.finite(adapted.lora_A), adapter.finite(adapted.lora_B)
+    return float(np.linalg.norm(adapted.scaling * (b_or @ a_ri)))
 
 
 def test_the_delta_norm_is_that_of_the_dense_product(tiny: TinyRun) -> None:
     """Of every module, against the product itself in float64."""
     adapter = Adapter(tiny.adapters["final"])
-    for index, update in enumerate(adapter.updates):
-        assert delta_norm(adapter, update) == pytest.approx(dense_norm(adapter, index), rel=NORM_TOLERANCE)
+    for index, adapted in enumerate(adapter.adapted):
+        assert delta_norm(adapter, adapted) == pytest.approx(dense_norm(adapter, index), rel=NORM_TOLERANCE)
 
 
 def test_the_delta_norm_of_zero_is_zero(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_delta_norm_of_zero_is_zero(tmp_path: Path) -> None:
     tensors = pair(Q)
     tensors[f"base_model.model.{Q}.lora_B.weight"][:] = 0
     adapter = Adapter(write_adapter(tmp_path / "a", tensors))
-    assert delta_norm(adapter, adapter.updates[0]) == 0.0
+    assert delta_norm(adapter, adapter.adapted[0]) == 0.0
 
 
 def test_facts_of_a_mergeable_adapter(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_facts_of_a_mergeable_adapter(tmp_path: Path) -> None:
     assert (facts.peft_type, facts.r, facts.lora_alpha, facts.scaling, facts.use_rslora) == ("LORA", 2, 8.0, 4.0, False)
     assert facts.base_model == "org/base"
     assert facts.target_modules == ("q_proj", "v_proj")
-    assert [module.module for module in facts.modules] == [update.module for update in adapter.updates]
+    assert [module.module for module in facts.modules] == [adapted.module for adapted in adapter.adapted]
     assert facts.parameters == sum(value.size for value in tensors.values())
     assert facts.dtype == "F32"
     assert facts.size_bytes == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
@@ -61,7 +61,7 @@ def test_the_size_against_the_base_is_exact_where_the_sample_is_whole(tmp_path: 
     base = Checkpoint(write_base(tmp_path / "base", {f"{Q}.weight": (4, 6), f"{V}.weight": (4, 6)}))
     adapter = Adapter(write_adapter(tmp_path / "a", {**pair(Q), **pair(V, seed=1)}))
     facts = describe(adapter, base)
-    weights = [np.linalg.norm(base.read_float64(update.name)) for update in adapter.updates]
+    weights = [np.linalg.norm(base.read_float64(f"{adapted.module}.weight")) for adapted in adapter.adapted]
     assert [module.base_norm for module in facts.modules] == pytest.approx(weights, rel=NORM_TOLERANCE)
     deltas = [dense_norm(adapter, index) for index in range(2)]
     assert facts.relative_update == pytest.approx(math.hypot(*deltas) / math.hypot(*weights), rel=NORM_TOLERANCE)
@@ -84,23 +84,38 @@ def test_a_base_that_does_not_fit_gives_no_ratio(tmp_path: Path) -> None:
     assert facts.modules[0].base_norm is None
 
 
+def test_the_delta_norm_of_stacked_experts_is_over_all_of_them(tmp_path: Path) -> None:
+    """Rows of A in turn, columns of B interleaved; each expert's product has its own norm."""
+    tensors = pair("model.layers.0.mlp.experts", r=6)
+    path = write_adapter(tmp_path / "a", tensors, target_parameters=["mlp.experts.down_proj"])
+    adapter = Adapter(path)
+    (adapted,) = adapter.adapted
+    assert (adapted.r, adapted.stacked, adapted.parameter) == (2, 3, "down_proj")
+    a, b = (adapter.finite(name) for name in (adapted.lora_A, adapted.lora_B))
+    norms = [np.linalg.norm(4.0 * b[:, [e, e + 3]] @ a[[2 * e, 2 * e + 1]]) for e in range(3)]
+    assert delta_norm(adapter, adapted) == pytest.approx(math.hypot(*norms), rel=NORM_TOLERANCE)
+
+
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["embed_tokens"]},
-        {"init_lora_weights": "pissa"},
-    ],
+    "config", [{"init_lora_weights": "pissa"}, {"use_qalora": True}, {"arrow_config": {"top_k": 1}}]
 )
+def test_an_unmergeable_adapter_is_described_with_its_refusal(tmp_path: Path, config: Any) -> None:
+    """One may look at what one may not merge."""
+    facts = describe(Adapter(write_adapter(tmp_path / "a", **config)))
+    assert facts.refusal is not None
+    assert next(iter(config)) in facts.refusal
+    assert facts.parameters > 0
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_unmergeable_adapter_is_described_with_its_refusal(tiny: TinyRun, tmp_path: Path, config: Any) -> None:
-    """Real ones of the installed PEFT: one may look at what one may not merge."""
+def test_richer_adapters_of_peft_are_described(tiny: TinyRun, tmp_path: Path, config: Any) -> None:
+    """Real ones of the installed PEFT, with every trained number counted."""
     adapter = Adapter(build_adapter(tiny.base, tmp_path / "a", seed=4, **config))
     facts = describe(adapter, Checkpoint(tiny.base))
-    assert facts.refusal is not None
-    assert all(line in facts.refusal for line in adapter.refusals)
-    assert facts.parameters > 0
+    assert facts.refusal is None
+    assert facts.relative_update
+    assert facts.parameters == sum(info.elements for info in adapter.header.tensors.values())
 
 
 def test_another_method_is_described_by_its_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapter: tensors as updates by name; what does not fit, or is not understood, is refused and named."""
+"""Adapter and Stack: tensors as updates by name; what does not fit, or is not understood, is refused and named."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from safetensors.torch import save_file
 
 from tests.adapter.making import PREFIX, Q, V, pair, write_adapter, write_base
 from tests.tiny_models import TinyRun, build_adapter
-from tunesmith.adapter import Adapter
+from tunesmith.adapter import Adapter, Binding, LowRank, Stack
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
 
 SHAPES: dict[str, tuple[int, ...]] = {f"{Q}.weight": (4, 6), f"{V}.weight": (4, 6), "model.norm.weight": (6,)}
+
+
+def bind(path: Path, base: Checkpoint, **options: Any) -> Binding:
+    """One adapter, with its whole weight, on a base."""
+    return Stack([(path, 1.0)]).bind(base, **options)
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def base(tmp_path: Path) -> Checkpoint:
 def test_an_adapter_of_peft_is_read_whole(tiny: TinyRun) -> None:
     """Every tensor of the file is a factor of one update, and every update has a place in the base."""
     adapter = Adapter(tiny.adapters["final"])
-    updates = adapter.bind(Checkpoint(tiny.base))
+    updates = [update for update in bind(adapter.path, Checkpoint(tiny.base)).updates if isinstance(update, LowRank)]
     used = [name for update in updates for name in (update.lora_A, update.lora_B)]
     assert sorted(used) == sorted(adapter.header.tensors)
     assert {update.module.rpartition(".")[2] for update in updates} == {"q_proj", "v_proj", "down_proj"}
@@ -44,7 +49,8 @@ def test_names_with_and_without_prefix_and_adapter_name_mean_the_same(
 ) -> None:
     """All four forms exist in the wild."""
     tensors = {name.replace(".weight", f"{infix}.weight"): value for name, value in pair(Q, prefix=prefix).items()}
-    (update,) = Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+    (update,) = bind(write_adapter(tmp_path / "a", tensors), base).updates
+    assert isinstance(update, LowRank)
     assert (update.name, update.module, update.r, update.scaling) == (f"{Q}.weight", Q, 2, 4.0)
     assert {update.lora_A, update.lora_B} == set(tensors)
 
@@ -64,11 +70,15 @@ def test_factors_are_read_exactly(tmp_path: Path) -> None:
         a, b = torch.randn(2, 6).to(dtype), torch.randn(4, 2).to(dtype)
         names = (f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight")
         save_file(dict(zip(names, (a, b), strict=True)), directory / "adapter_model.safetensors")
-        adapter = Adapter(directory)
-        a_ri, b_or = adapter.factors(adapter.updates[0])
+        (adapted,) = Adapter(directory).adapted
+        update = LowRank(name=f"{Q}.weight", module=Q, r=2, scaling=1, lora_A=adapted.lora_A, lora_B=adapted.lora_B)
+        stack = Stack([(directory, 1.0)])
+        a_ri, b_or = stack.factors(update)
         assert a_ri.dtype == b_or.dtype == np.float64
         assert np.array_equal(a_ri, a.double().numpy())
         assert np.array_equal(b_or, b.double().numpy())
+        turned = stack.factors(update.model_copy(update={"transposed": True}))
+        assert [np.array_equal(*pair) for pair in zip(turned, (b_or.T, a_ri.T), strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -79,7 +89,7 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(tmp_path: Path, bad: flo
     tensors[f"{PREFIX}{Q}.lora_{factor}.weight"][1, 1] = bad
     adapter = Adapter(write_adapter(tmp_path / "a", tensors))
     with pytest.raises(AdapterError, match="NaN or infinity") as caught:
-        adapter.factors(adapter.updates[0])
+        [adapter.finite(name) for name in adapter.header.tensors]
     assert f"{Q}.lora_{factor}" in str(caught.value.where)
 
 
@@ -101,7 +111,7 @@ def test_half_an_update_is_refused(tmp_path: Path, factor: str) -> None:
     assert caught.value.details == (Q,)
 
 
-@pytest.mark.parametrize(("a", "b"), [((2, 6), (4, 3)), ((2,), (4, 2)), ((0, 6), (4, 0)), ((2, 6, 1, 1), (4, 2, 1, 1))])
+@pytest.mark.parametrize(("a", "b"), [((2, 6), (4, 3)), ((2,), (4, 2)), ((0, 6), (4, 0)), ((2, 6, 1), (4, 2))])
 def test_factors_that_do_not_fit_each_other_are_refused(tmp_path: Path, a: Any, b: Any) -> None:
     """Other ranks, other dimensions, or none at all."""
     tensors = {f"{PREFIX}{Q}.lora_A.weight": np.zeros(a), f"{PREFIX}{Q}.lora_B.weight": np.zeros(b)}
@@ -154,67 +164,78 @@ def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
 
 
 UNMERGEABLE = {
-    f"{PREFIX}model.embed_tokens.lora_embedding_A": "embedding",
-    f"{PREFIX}{Q}.lora_magnitude_vector": "DoRA",
-    f"{PREFIX}{Q}.lora_magnitude_vector.default.weight": "DoRA",
-    f"{PREFIX}{Q}.lora_B.bias": "bias on lora_B",
-    f"{PREFIX}{Q}.lora_B.default.bias": "bias on lora_B",
-    f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": "token rows",
-    f"{PREFIX}lm_head.modules_to_save.weight": "whole module",
-    f"{PREFIX}lm_head.base_layer.weight": "embedding or on fused",
-    f"{PREFIX}model.layers.0.mlp.experts.base_layer.lora_A.weight": "fused parameters",
-    f"{PREFIX}{Q}.bias": "does not know",
     f"{PREFIX}{Q}.lora_C.weight": "does not know",
+    f"{PREFIX}{Q}.lora_diag.default": "KaSA",
+    f"{PREFIX}{Q}.lora_E": "AdaLoRA",
+    f"{PREFIX}decoder.layers.0.self_attention.linear_qkv.lora_x": "Megatron",
     "something": "does not know",
 }
 
 
 @pytest.mark.parametrize("name", UNMERGEABLE)
-def test_a_tensor_that_is_not_a_plain_factor_is_refused_with_its_meaning(
-    tmp_path: Path, base: Checkpoint, name: str
-) -> None:
+def test_a_tensor_that_is_not_known_is_refused_with_its_meaning(tmp_path: Path, base: Checkpoint, name: str) -> None:
     """Whatever the configuration says: no tensor of the file is left out in silence."""
-    adapter = Adapter(write_adapter(tmp_path / "a", {**pair(Q), name: np.ones((2, 6), np.float32)}))
+    path = write_adapter(tmp_path / "a", {**pair(Q), name: np.ones((2, 6), np.float32)})
     with pytest.raises(UnsupportedAdapterError) as caught:
-        adapter.bind(base)
+        bind(path, base)
     (line,) = caught.value.details
     assert line.startswith(f"{name}: ")
     assert UNMERGEABLE[name] in line
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "embedding"),
-        ({"trainable_token_indices": [1, 2]}, "token"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "changed base"),
-        ({"init_lora_weights": "olora"}, "changed base"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "replicated"),
-    ],
-)
+def test_a_whole_tensor_without_a_place_is_a_mismatch_with_its_nearest_name(tmp_path: Path, base: Checkpoint) -> None:
+    """Only a module that modules_to_save names may be new."""
+    name = f"{PREFIX}{Q}s.weight"
+    tensors = {**pair(Q), name: np.ones((4, 6), np.float32)}
+    with pytest.raises(AdapterMismatchError) as caught:
+        bind(write_adapter(tmp_path / "a", tensors), base)
+    (line,) = caught.value.details
+    assert f"{Q}s.weight is not in the base (nearest: {Q}.weight)" in line
+    saved = bind(write_adapter(tmp_path / "b", tensors, modules_to_save=["q_projs"]), base)
+    assert saved.shapes == {f"{Q}s.weight": (4, 6)}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_peft_really_saves_is_refused(tiny: TinyRun, tmp_path: Path, config: Any, reason: str) -> None:
-    """Real adapters of the installed PEFT, not our idea of them."""
-    adapter = Adapter(build_adapter(tiny.base, tmp_path / "a", seed=4, **config))
+def test_an_adapter_on_a_changed_base_needs_that_base(tiny: TinyRun, tmp_path: Path, init: str) -> None:
+    """Real adapters of the installed PEFT; the way out is named, and taken where the user says so."""
+    path = build_adapter(tiny.base, tmp_path / "a", seed=4, init_lora_weights=init)
     with pytest.raises(UnsupportedAdapterError) as caught:
-        adapter.bind(Checkpoint(tiny.base))
-    assert any(reason in line for line in caught.value.details)
+        bind(path, Checkpoint(tiny.base))
+    assert any(init in line and "--base-is-residual" in line for line in caught.value.details)
+    assert bind(path, Checkpoint(tiny.base), base_is_residual=True).updates
+
+
+def test_dora_without_its_magnitudes_is_refused(tmp_path: Path) -> None:
+    """And magnitudes without DoRA: one of the two is not of this adapter."""
+    for index, (tensors, dora) in enumerate(
+        ((pair(Q), True), ({**pair(Q), f"{PREFIX}{Q}.lora_magnitude_vector": np.ones(4, np.float32)}, False))
+    ):
+        with pytest.raises(AdapterError, match="disagree about DoRA") as caught:
+            Adapter(write_adapter(tmp_path / str(index), tensors, use_dora=dora))
+        assert caught.value.details == (Q,)
+
+
+def test_a_file_of_several_adapters_is_refused(tmp_path: Path) -> None:
+    """A raw state dict of a model with two adapters."""
+    first, second = (
+        {n.replace(".weight", f".{k}.weight"): v for n, v in pair(m).items()} for k, m in zip("xy", (Q, V), strict=True)
+    )
+    with pytest.raises(AdapterError, match="several adapters") as caught:
+        Adapter(write_adapter(tmp_path / "a", {**first, **second}))
+    assert caught.value.found == "x, y"
 
 
 def test_all_names_that_the_base_lacks_are_listed_with_their_nearest(tmp_path: Path, base: Checkpoint) -> None:
     """One message for all; the nearest name shows what differs."""
-    other = Q.replace("model.layers", "model.language_model.layers")
+    other = Q.replace("model.layers", "model.language.layers")
     tensors = {**pair(other), **pair(V, outputs=5), **pair("ЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖ")}
     with pytest.raises(AdapterMismatchError, match="3 of 3") as caught:
-        Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+        bind(write_adapter(tmp_path / "a", tensors), base)
     details = {line.split(":")[0]: line for line in caught.value.details}
     assert f"(nearest: {Q}.weight)" in details[f"{other}.weight"]
-    assert "[5, 6]" in details[f"{V}.weight"]
-    assert "[4, 6]" in details[f"{V}.weight"]
+    assert "B [5, 2]" in details[V]
+    assert "[4, 6]" in details[V]
     assert "nearest" not in details["ЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖ.weight"]
     assert caught.value.expected == "base model org/base"
     assert str(base.path) in str(caught.value.found)
@@ -226,7 +247,7 @@ def test_many_mismatches_are_counted_beyond_the_first_eight(tmp_path: Path, base
     for index in range(11):
         tensors |= pair(f"model.layers.{index}.other")
     with pytest.raises(AdapterMismatchError, match="11 of 11") as caught:
-        Adapter(write_adapter(tmp_path / "a", tensors)).bind(base)
+        bind(write_adapter(tmp_path / "a", tensors), base)
     assert len(caught.value.details) == 9
     assert caught.value.details[-1] == "… and 3 more"
 
@@ -235,34 +256,38 @@ def test_a_base_tensor_that_is_transposed_is_a_mismatch(tmp_path: Path) -> None:
     """Shapes are compared in order."""
     base = Checkpoint(write_base(tmp_path / "base", {f"{Q}.weight": (6, 4)}))
     with pytest.raises(AdapterMismatchError):
-        Adapter(write_adapter(tmp_path / "a")).bind(base)
+        bind(write_adapter(tmp_path / "a"), base)
 
 
 def test_a_quantized_base_is_refused_by_its_config_and_by_its_dtype(tmp_path: Path) -> None:
     """Declared, or only seen in the file."""
-    adapter = Adapter(write_adapter(tmp_path / "a"))
+    path = write_adapter(tmp_path / "a")
     declared = write_base(tmp_path / "b1", SHAPES, quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsupportedAdapterError, match="quantized"):
-        adapter.bind(Checkpoint(declared))
+        bind(path, Checkpoint(declared))
     seen = write_base(tmp_path / "b2", SHAPES, dtype=np.int8)
-    with pytest.raises(AdapterMismatchError) as caught:
-        adapter.bind(Checkpoint(seen))
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        bind(path, Checkpoint(seen))
     assert "I8" in caught.value.details[0]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"])
-def test_a_conv1d_base_is_refused_even_where_the_shape_would_fit(tmp_path: Path, model_type: str) -> None:
-    """A square weight fits either way, and one of them is wrong."""
-    base = write_base(tmp_path / "base", {f"{Q}.weight": (6, 6)}, model_type=model_type)
-    with pytest.raises(UnsupportedAdapterError, match="Conv1D"):
-        Adapter(write_adapter(tmp_path / "a", pair(Q, outputs=6))).bind(Checkpoint(base))
+def test_a_square_conv1d_is_told_by_the_architecture_and_the_module(tmp_path: Path, model_type: str) -> None:
+    """A square weight fits either way, and the flag fan_in_fan_out may be wrong either way."""
+    shapes = {"h.0.attn.c_attn.weight": (6, 6), "lm_head.weight": (6, 6)}
+    base = Checkpoint(write_base(tmp_path / "base", shapes, model_type=model_type, tie_word_embeddings=False))
+    tensors = {**pair("transformer.h.0.attn.c_attn", outputs=6), **pair("lm_head", outputs=6)}
+    for flag in (False, True):
+        path = write_adapter(tmp_path / str(flag), tensors, fan_in_fan_out=flag)
+        turned = {u.name: u.transposed for u in bind(path, base).updates if isinstance(u, LowRank)}
+        assert turned == {"h.0.attn.c_attn.weight": True, "lm_head.weight": False}
 
 
 def test_every_conv1d_architecture_of_transformers_is_known() -> None:
     """Fails when transformers adds one: its square layers would be merged transposed."""
     import transformers
 
-    from tunesmith.adapter.load import _CONV1D_MODELS
+    from tunesmith.adapter.bind import _CONV1D_MODELS
 
     models = Path(transformers.__file__).parent / "models"
     using = {
@@ -277,16 +302,21 @@ def test_every_conv1d_architecture_of_transformers_is_known() -> None:
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_an_update_of_a_tied_head_is_refused(tmp_path: Path, *, stored: bool) -> None:
-    """A loader takes the embedding for the head, so an update of a stored head would be lost in silence."""
+def test_an_update_of_a_tied_head_unties_it(tmp_path: Path, *, stored: bool) -> None:
+    """The head begins as the embedding, also where the file holds a head that no loader takes."""
     shapes = {"model.embed_tokens.weight": (4, 6)} | ({"lm_head.weight": (4, 6)} if stored else {})
     base = Checkpoint(write_base(tmp_path / "base", shapes, tie_word_embeddings=True))
-    with pytest.raises(AdapterMismatchError) as caught:
-        Adapter(write_adapter(tmp_path / "a", pair("lm_head"))).bind(base)
-    assert "tied" in caught.value.details[0]
+    binding = bind(write_adapter(tmp_path / "a", pair("lm_head")), base)
+    assert [(update.kind, update.name) for update in binding.updates] == [
+        ("copied", "lm_head.weight"),
+        ("low_rank", "lm_head.weight"),
+    ]
+    assert binding.config == {"tie_word_embeddings": False}
+    assert binding.shapes == ({} if stored else {"lm_head.weight": (4, 6)})
+    assert [finding.code for finding in binding.findings] == ["head_untied"]
 
 
 def test_an_update_of_an_untied_head_is_merged(tmp_path: Path) -> None:
     """It is a linear layer like any other."""
     base = Checkpoint(write_base(tmp_path / "base", {"lm_head.weight": (4, 6)}, tie_word_embeddings=False))
-    assert Adapter(write_adapter(tmp_path / "a", pair("lm_head"))).bind(base)[0].name == "lm_head.weight"
+    assert bind(write_adapter(tmp_path / "a", pair("lm_head")), base).updates[0].name == "lm_head.weight"

@@ -15,41 +15,53 @@ from tunesmith.errors import AdapterError
 from tunesmith.record import Finding
 
 USED = {
-    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
-    "alpha_pattern", "init_lora_weights",
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "r", "lora_alpha", "use_rslora",
+    "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "use_dora", "lora_bias", "modules_to_save",
+    "trainable_token_indices", "target_parameters", "ensure_weight_tying", "layer_replication", "fan_in_fan_out",
+    "corda_config", "lora_ga_config", "loftq_config",
 }  # fmt: skip
 
-# The tensors are the truth about what was tuned; the rest acts in training only.
+# The tensors are the truth about what was tuned; the rest acts in training only.  VeLoRA compresses what the backward
+# pass keeps; what the forward pass computes, and so the update, is LoRA's.
 HARMLESS = {
-    "task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "lora_dropout", "eva_config", "megatron_core", "runtime_config",
-    "qalora_group_size", "fan_in_fan_out",
+    "auto_mapping", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "eva_config", "megatron_core", "runtime_config", "qalora_group_size", "velora_config",
 }  # fmt: skip
 
 REFUSED = {
-    "bias": "trained biases",
-    "modules_to_save": "whole modules that were trained beside the adapter",
-    "trainable_token_indices": "trained token rows",
-    "target_parameters": "adapters on fused expert parameters",
-    "ensure_weight_tying": "an adapter on tied embeddings",
-    "use_dora": "DoRA (a trained magnitude)",
-    "lora_bias": "a bias on lora_B",
-    "use_qalora": "QALoRA (adapters on pooled inputs)",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
+    "use_qalora": "QALoRA: A acts on inputs that are pooled in groups, for a GPTQ base, which holds no plain weights",
+    "use_bdlora": "BD-LoRA: block-diagonal factors, whose blocks the file does not tell apart",
     "alora_invocation_tokens": "aLoRA: it acts only after its invocation tokens, so no merged model can equal it",
     "arrow_config": "Arrow: it routes between adapters for every token, so no merged model can equal it",
-    "layer_replication": "replicated layers",
-    "megatron_config": "Megatron's fused, sharded layers",
-    "corda_config": "CorDA: the update is relative to a changed base",
-    "lora_ga_config": "LoRA-GA: the update is relative to a changed base",
-    "loftq_config": "LoftQ: the update is relative to a changed base",
-    "kasa_config": "KaSA: the update is relative to a changed base",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
+    "megatron_config": "Megatron's fused, sharded layers; convert the adapter to the names of transformers first",
+    "kasa_config": "KaSA: it changes the base's weights when training begins, and puts a diagonal between A and B",
+    "monteclora_config": "MonteCLoRA: it samples its update, and merges to an average that is not in the file",
 }
 
-# The other initialisations subtract the adapter's start from the base's weights.
-PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Initialisations that leave the base as it is.  The others subtract the adapter's start from the base's weights.
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+_RESIDUAL_CONFIGS = ("corda_config", "lora_ga_config", "loftq_config")
+
+# What else PEFT trains, and what would merge it, where anything can.
+_OTHER_METHODS = {
+    "ADALORA": "PEFT's merge_and_unload merges it",
+    "BOFT": "PEFT's merge_and_unload merges it",
+    "HRA": "PEFT's merge_and_unload merges it",
+    "IA3": "PEFT's merge_and_unload merges it",
+    "LN_TUNING": "PEFT's merge_and_unload merges it",
+    "LOHA": "PEFT's merge_and_unload merges it",
+    "LOKR": "PEFT's merge_and_unload merges it",
+    "OFT": "PEFT's merge_and_unload merges it",
+    "VERA": "PEFT's merge_and_unload merges it",
+    "TRAINABLE_TOKENS": "PEFT's merge_and_unload merges it",
+    "PROMPT_TUNING": "it prepends trained tokens to the input, which no weights can hold; serve it with PEFT",
+    "PREFIX_TUNING": "it prepends trained keys and values, which no weights can hold; serve it with PEFT",
+    "P_TUNING": "it prepends trained tokens to the input, which no weights can hold; serve it with PEFT",
+    "MULTITASK_PROMPT_TUNING": "it prepends trained tokens to the input, which no weights can hold; serve it with PEFT",
+    "ADAPTION_PROMPT": "it adds a gated attention of its own, which no weights can hold; serve it with PEFT",
+    "CPT": "it prepends trained tokens to the input, which no weights can hold; serve it with PEFT",
+}
 
 
 def refusals(config: Mapping[str, Any]) -> list[str]:
@@ -63,19 +75,13 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
     """
     method = config.get("peft_type")
     if method != "LORA":
-        return [
-            f"peft_type is {method!r}: only LORA adapters can be merged here (PEFT's merge_and_unload knows others)"
-        ]
+        way = _OTHER_METHODS.get(str(method), "see whether PEFT's merge_and_unload does")
+        return [f"peft_type = {_short(method)}: only LORA adapters can be merged here; {way}"]
     reasons = [
-        f"{field} = {_short(config[field])}: {meaning}"
-        for field, meaning in REFUSED.items()
-        if config.get(field) and config[field] != "none"
+        f"{field} = {_short(config[field])}: {meaning}" for field, meaning in REFUSED.items() if config.get(field)
     ]
-    init = config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
-        reasons.append(
-            f"init_lora_weights = {_short(init)}: the update is relative to a changed base, not to the one named"
-        )
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        reasons.append(f"bias = {_short(config['bias'])}: not none, all or lora_only")
     known = USED | HARMLESS | REFUSED.keys()
     reasons += [
         f"{field} = {_short(value)}: a field that this version does not know"
@@ -83,6 +89,21 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
         if field not in known and value
     ]
     return reasons
+
+
+def residual_init(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that changed the base when training began, as ``field = value``; None where none did.
+
+    PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), CorDA (arXiv:2406.05223), LoftQ (arXiv:2310.08659) and LoRA-GA
+    (arXiv:2407.05000) subtract the adapter's start from the base, so that both together begin as the base did.
+    """
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        return f"init_lora_weights = {_short(init)}"
+    # The settings of a method that was not chosen say nothing, except where a tool left the choice out.
+    if "init_lora_weights" not in config:
+        return next((f"{field} = {_short(config[field])}" for field in _RESIDUAL_CONFIGS if config.get(field)), None)
+    return None
 
 
 class Scaling:

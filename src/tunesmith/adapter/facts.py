@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from tunesmith.adapter.load import Adapter
-from tunesmith.adapter.records import AdapterFacts, LowRank, ModuleFacts
+from tunesmith.adapter.load import Adapted, Adapter
+from tunesmith.adapter.places import Places
+from tunesmith.adapter.records import AdapterFacts, ModuleFacts
 from tunesmith.checkpoint import Checkpoint
 
 _SAMPLE_ELEMENTS = 1 << 15
@@ -24,17 +25,17 @@ def describe(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
     Returns:
         The facts; base norms are estimates from evenly spaced rows of every tensor.
     """
-    tensors = base.tensors if base else {}
+    places = Places(base) if base else None
     modules = []
-    for update in adapter.updates:
-        fits = base is not None and update.name in tensors and len(tensors[update.name].shape) == 2
+    for adapted in adapter.adapted:
+        name = places.find(f"{adapted.module}.weight") if places else None
         modules.append(
             ModuleFacts(
-                module=update.module,
-                r=update.r,
-                scaling=update.scaling,
-                delta_norm=delta_norm(adapter, update),
-                base_norm=_sampled_norm(base, update.name) if base and fits else None,
+                module=adapted.module,
+                r=adapted.r,
+                scaling=adapted.scaling,
+                delta_norm=delta_norm(adapter, adapted),
+                base_norm=_sampled_norm(base, name) if base and name and len(base.info(name).shape) == 2 else None,
             )
         )
     infos = list(adapter.header.tensors.values())
@@ -54,15 +55,19 @@ def describe(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFacts:
         dtype=", ".join(sorted({info.dtype for info in infos})),
         size_bytes=adapter.header.file_bytes,
         relative_update=_ratio(modules),
-        refusal="; ".join(adapter.refusals) or None,
+        refusal="; ".join([*adapter.refusals, *([adapter.residual] if adapter.residual else [])]) or None,
     )
 
 
-def delta_norm(adapter: Adapter, update: LowRank) -> float:
-    """‖s·B·A‖ (Frobenius), from the r×r Gram matrices: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-    a_ri, b_or = adapter.factors(update)
-    squared = float(np.sum((b_or.T @ b_or) * (a_ri @ a_ri.T)))
-    return abs(update.scaling) * math.sqrt(max(squared, 0.0))
+def delta_norm(adapter: Adapter, adapted: Adapted) -> float:
+    """‖s·B·A‖ (Frobenius), from r×r Gram matrices: ‖BA‖² = tr((BᵀB)(AAᵀ)); of a stack, over all its matrices."""
+    a_ri, b_or = adapter.finite(adapted.lora_A), adapter.finite(adapted.lora_B)
+    squared = 0.0
+    for matrix in range(adapted.stacked):
+        a = a_ri[matrix * adapted.r : (matrix + 1) * adapted.r]
+        b = b_or[:, matrix :: adapted.stacked]
+        squared += float(np.sum((b.T @ b) * (a @ a.T)))
+    return abs(adapted.scaling) * math.sqrt(max(squared, 0.0))
 
 
 def _sampled_norm(base: Checkpoint, name: str) -> float:

@@ -1,52 +1,78 @@
-"""An adapter directory as low-rank updates on base tensors, by name."""
+"""An adapter directory: its configuration, and what each of its tensors is, before any base is known."""
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Iterable
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunesmith.adapter.config import Scaling, refusals
-from tunesmith.adapter.records import LowRank
+from tunesmith.adapter.config import Scaling, refusals, residual_init
+from tunesmith.adapter.experts import targeted_parameters
+from tunesmith.adapter.keys import Key, parse_keys
 from tunesmith.checkpoint import (
     FLOAT_DTYPES,
-    Checkpoint,
+    Array,
     Float64,
-    TensorInfo,
     as_float64,
     read_header,
     read_json_object,
     read_rows,
 )
-from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
+from tunesmith.errors import AdapterError, UnsupportedAdapterError
 from tunesmith.record import Finding
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-
-# Architectures whose linear layers are Conv1D, stored as (in, out): a square one would fit either way.
-_CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
-
-_UNMERGEABLE_TENSORS = (
-    ("lora_embedding_", "an adapter on an embedding"),
-    ("lora_magnitude_vector", "DoRA (a trained magnitude)"),
-    ("lora_B.bias", "a bias on lora_B"),
-    ("lora_B.default.bias", "a bias on lora_B"),
-    ("trainable_tokens", "trained token rows"),
-    ("modules_to_save", "a whole module that was trained beside the adapter"),
-    ("base_layer", "an adapter on an embedding or on fused parameters"),
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_B_bias", "magnitude")
+# Tensors of LoRA's relatives, and of tools that rename.
+_OTHER_TENSORS = (
+    ("lora_diag", "KaSA's diagonal"),
+    ("lora_E", "AdaLoRA's singular values"),
+    ("monteclora", "MonteCLoRA's sampler"),
+    ("lora_router", "a router between adapters"),
+    ("linear_qkv", "Megatron's fused layer; convert the adapter to the names of transformers first"),
 )
+_KEPT_TENSORS = 4  # the experts of one layer share two
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One pair of factors.
+
+    Attributes:
+        module: the adapted module, as the adapter names it.
+        depth: how many wrappers lie outside this one, where several parameters of a module are adapted.
+        parameter: which parameter of the module ``target_parameters`` means; None for the weight of a layer.
+        embedding: whether A is stored as (r, vocabulary) and B as (hidden, r).
+        lora_A: name of A in the file.
+        lora_B: name of B.
+        bias: name of lora_B's bias; None where it has none.
+        magnitude: name of DoRA's magnitude; None where it has none.
+        r: the rank; of one matrix, where the pair adapts a stack of them.
+        stacked: how many matrices the pair adapts.
+        scaling: what multiplies B·A.
+    """
+
+    module: str
+    depth: int
+    parameter: str | None
+    embedding: bool
+    lora_A: str
+    lora_B: str
+    bias: str | None
+    magnitude: str | None
+    r: int
+    stacked: int
+    scaling: float
 
 
 class Adapter:
-    """One adapter directory: its configuration, and its tensors as updates.  Tensors are read when asked for.
+    """One adapter directory, opened.  Tensors are read when asked for.
 
     Args:
         path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -55,8 +81,9 @@ class Adapter:
         path: the directory.
         config: the parsed configuration.
         header: the weights file's header.
-        updates: one an adapted module, in the file's order.
-        refusals: why it cannot be merged truly; empty where it can.
+        adapted: one an adapted weight, in the file's order.
+        whole: tensors that are stored whole (saved modules, biases, token rows), in the file's order.
+        refusals: why it cannot be merged truly; empty where nothing speaks against it yet.
         findings: what the user should know about it.
 
     Raises:
@@ -74,9 +101,11 @@ class Adapter:
         self.header = read_header(weights)
         self.findings: list[Finding] = []
         self.refusals = refusals(self.config)
-        self.updates: tuple[LowRank, ...] = ()
+        self.adapted: tuple[Adapted, ...] = ()
+        self.whole: tuple[Key, ...] = ()
+        self._kept: OrderedDict[str, Array] = OrderedDict()
         if self.config.get("peft_type") == "LORA":
-            self.updates = self._read_updates()
+            self._read_tensors()
 
     @property
     def base_model(self) -> str | None:
@@ -84,118 +113,144 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
-    def require_mergeable(self) -> None:
+    @property
+    def residual(self) -> str | None:
+        """The initialisation that made the adapter relative to a *changed* base; None where none did."""
+        return residual_init(self.config)
+
+    def require_mergeable(self, *, base_is_residual: bool = False) -> None:
         """Refuse an adapter that this version would not merge truly.
+
+        Args:
+            base_is_residual: whether the base is what an initialisation such as PiSSA's left of it.
 
         Raises:
             UnsupportedAdapterError: with every reason.
         """
-        if self.refusals:
+        reasons = list(self.refusals)
+        if self.residual and not base_is_residual:
+            reasons.append(
+                f"{self.residual}: the update is relative to a base that was changed when training began; merge into "
+                "that changed base and pass --base-is-residual, or convert the adapter with "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        if reasons:
             raise UnsupportedAdapterError(
                 "This adapter holds what this version cannot merge truly, so it is refused rather than merged in part.",
                 where=self.path,
-                details=self.refusals,
+                details=reasons,
             )
 
-    def factors(self, update: LowRank) -> tuple[Float64, Float64]:
-        """The factors of one update, exactly.
+    def stored(self, tensor: str) -> Array:
+        """One tensor of the file, whole, as stored; the last few are kept, for the experts that share one."""
+        if tensor not in self._kept:
+            self._kept[tensor] = read_rows(self.header, tensor)
+            while len(self._kept) > _KEPT_TENSORS:
+                self._kept.popitem(last=False)
+        return self._kept[tensor]
 
-        Args:
-            update: one of ``updates``.
-
-        Returns:
-            A of shape (r, in) and B of shape (out, r), both float64.
-
-        Raises:
-            AdapterError: a factor holds NaN or infinity.
-        """
-        pair = []
-        for name in (update.lora_A, update.lora_B):
-            factor = as_float64(read_rows(self.header, name), self.header.tensors[name].dtype)
-            if not np.isfinite(factor).all():
-                raise AdapterError("The adapter holds NaN or infinity.", where=f"{self.header.path}: {name}")
-            pair.append(factor)
-        return pair[0], pair[1]
-
-    def bind(self, base: Checkpoint) -> tuple[LowRank, ...]:
-        """Check that every update fits a tensor of the base.
-
-        Args:
-            base: the base model.
-
-        Returns:
-            The updates, each on a tensor of that name and shape.
+    def finite(self, tensor: str, part: tuple[slice, ...] = ()) -> Float64:
+        """One tensor, or a part of it, exactly, as a matrix: its first dimension by all the others.
 
         Raises:
-            UnsupportedAdapterError: the base's own form is one that cannot be merged into.
-            AdapterMismatchError: names or shapes do not fit; all that do not are listed.
+            AdapterError: it holds NaN or infinity.
         """
-        self.require_mergeable()
-        _check_base_form(base)
-        tensors = base.tensors
-        strays = [(update, problem) for update in self.updates if (problem := self._misfit(update, base, tensors))]
-        if strays:
-            # To look for the nearest name is slow, so that is done for the names that are shown.
-            problems = [problem + _nearest(update.name, tensors) for update, problem in strays[:8]]
-            raise AdapterMismatchError(
-                f"The adapter does not fit this base model: {len(strays)} of {len(self.updates)} have no place.",
-                where=self.path,
-                expected=f"base model {self.base_model}" if self.base_model else None,
-                found=f"base model {base.path}",
-                details=problems + ([f"… and {len(strays) - 8} more"] if len(strays) > 8 else []),
-                next_step="pass --base with the model that was tuned",
+        stored = self.stored(tensor)
+        matrix = stored.reshape(stored.shape[0], -1)[part]
+        values = as_float64(matrix, self.header.tensors[tensor].dtype)
+        if not np.isfinite(values).all():
+            raise AdapterError(
+                "The adapter holds NaN or infinity.",
+                where=f"{self.header.path}: {tensor}",
+                next_step="choose a checkpoint from before the training diverged",
             )
-        return self.updates
+        return values
 
-    def _misfit(self, update: LowRank, base: Checkpoint, tensors: dict[str, TensorInfo]) -> str | None:
-        # A loader of a tied model takes the embedding for the head, even where the file holds a head.
-        if update.module.endswith("lm_head") and base.config.get("tie_word_embeddings"):
-            return f"{update.name}: the base's head is tied to its embedding, which cannot be merged here yet"
-        if update.name not in tensors:
-            return f"{update.name}: not in the base"
-        info = tensors[update.name]
-        shape = (self.header.tensors[update.lora_B].shape[0], self.header.tensors[update.lora_A].shape[1])
-        if info.shape != shape:
-            return f"{update.name}: the adapter's shape is {list(shape)}, the base's {list(info.shape)}"
-        if info.dtype not in FLOAT_DTYPES:
-            return f"{update.name}: the base stores it as {info.dtype}, which is a quantized form"
-        return None
+    # --- transition: removed once merge and verify are on Stack
+    @property
+    def updates(self):  # type: ignore[no-untyped-def]
+        from tunesmith.adapter.records import LowRank
 
-    def _read_updates(self) -> tuple[LowRank, ...]:
-        pairs: dict[str, dict[str, str]] = {}
-        for name in self.header.tensors:
-            match = _FACTOR.fullmatch(name)
-            reason = next((reason for mark, reason in _UNMERGEABLE_TENSORS if mark in name), None)
-            if match and not reason:
-                pair = pairs.setdefault(match["module"], {})
-                if match["factor"] in pair:
+        return tuple(
+            LowRank(
+                name=f"{a.module}.weight", module=a.module, r=a.r, scaling=a.scaling, lora_A=a.lora_A, lora_B=a.lora_B
+            )
+            for a in self.adapted
+        )
+
+    def bind(self, base):  # type: ignore[no-untyped-def]
+        from tunesmith.adapter.stack import Stack
+
+        return Stack([(self.path, 1.0)]).bind(base).updates
+
+    def factors(self, update):  # type: ignore[no-untyped-def]
+        a, b = self.finite(update.lora_A), self.finite(update.lora_B)
+        return (b.T, a.T) if update.transposed else (a, b)
+
+    # --- end of transition
+
+    def _read_tensors(self) -> None:
+        keys, strange = parse_keys(self.header.tensors, where=self.header.path)
+        self.refusals += [f"{name}: {_strange(name)}" for name in strange]
+        self.whole = tuple(key for key in keys if key.part not in (*_FACTORS, "training"))
+        pairs: dict[tuple[str, int], dict[str, str]] = {}
+        for key in keys:
+            if key.part in _FACTORS:
+                pair = pairs.setdefault((key.module, key.depth), {})
+                if key.part in pair:
                     raise AdapterError(
                         "Two tensors are the same factor of one module.",
                         where=self.header.path,
-                        details=[pair[match["factor"]], name],
+                        details=[pair[key.part], key.tensor],
                     )
-                pair[match["factor"]] = name
-            else:
-                self.refusals.append(f"{name}: {reason or 'a tensor that this version does not know'}")
-        halves = [module for module, pair in pairs.items() if len(pair) != 2]
+                pair[key.part] = key.tensor
+        self._check_pairs(pairs)
+        scaling = Scaling(self.config)
+        self.adapted = tuple(
+            self._adapted(module, depth, pair, scaling, self._parameter(module, depth, pairs))
+            for (module, depth), pair in pairs.items()
+        )
+        self.findings += scaling.overlapping
+
+    def _check_pairs(self, pairs: dict[tuple[str, int], dict[str, str]]) -> None:
+        halves = [module for (module, _), pair in pairs.items() if not _is_pair(pair)]
         if halves:
             raise AdapterError("Modules lack one of lora_A and lora_B.", where=self.header.path, details=halves[:10])
-        if not pairs and not self.refusals:
+        if not pairs and not self.whole and not self.refusals:
             raise AdapterError("The adapter holds no tensors.", where=self.header.path)
-        scaling = Scaling(self.config)
-        updates = tuple(self._update(module, pair["A"], pair["B"], scaling) for module, pair in pairs.items())
-        self.findings += scaling.overlapping
-        return updates
-
-    def _update(self, module: str, lora_a: str, lora_b: str, scaling: Scaling) -> LowRank:
-        a, b = self.header.tensors[lora_a], self.header.tensors[lora_b]
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        dora = bool(self.config.get("use_dora"))
+        wrong = [module for (module, _), pair in pairs.items() if ("magnitude" in pair) != dora]
+        if wrong:
             raise AdapterError(
-                "lora_A and lora_B do not fit each other.",
-                where=f"{self.header.path}: {module}",
-                expected="A of (r, in) and B of (out, r)",
-                found=f"A of {list(a.shape)} and B of {list(b.shape)}",
+                "The configuration and the tensors disagree about DoRA.",
+                where=self.header.path,
+                expected=f"use_dora = {dora}: {'a' if dora else 'no'} lora_magnitude_vector for every module",
+                details=wrong[:10],
             )
+
+    def _parameter(self, module: str, depth: int, pairs: dict[tuple[str, int], dict[str, str]]) -> str | None:
+        """Which parameter of the module a pair adapts: the innermost wrapper is the first that is registered."""
+        parameters = targeted_parameters(self.config, module)
+        depths = sorted((other for name, other in pairs if name == module), reverse=True)
+        if len(parameters) == len(depths):
+            return parameters[depths.index(depth)]
+        return None
+
+    def _adapted(
+        self, module: str, depth: int, pair: dict[str, str], scaling: Scaling, parameter: str | None
+    ) -> Adapted:
+        embedding = "lora_embedding_A" in pair
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        lora_a, lora_b = pair[names[0]], pair[names[1]]
+        a, b = self.header.tensors[lora_a], self.header.tensors[lora_b]
+        if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
+            raise self._misshapen(module, a.shape, b.shape)
+        if a.shape[0] != b.shape[1]:
+            # A grouped convolution's B covers a group's share of A.
+            grouped = len(a.shape) > 2 and a.shape[0] % b.shape[1] == 0
+            if not grouped:
+                raise self._misshapen(module, a.shape, b.shape)
+            self.refusals.append(f"{module}: a convolution with groups, whose update is no product of the factors")
         if a.dtype not in FLOAT_DTYPES or b.dtype not in FLOAT_DTYPES:
             raise AdapterError(
                 "A factor is stored in a dtype that cannot be computed with here.",
@@ -203,21 +258,36 @@ class Adapter:
                 expected=", ".join(FLOAT_DTYPES),
                 found=f"A of {a.dtype} and B of {b.dtype}",
             )
-        r = a.shape[0]
-        if r != scaling.rank(module):
+        named = f"{module}.{parameter}" if parameter else module
+        r = scaling.rank(named)
+        stacks = len(a.shape) == 2 and not embedding and bool(self.config.get("target_parameters"))
+        if a.shape[0] != r and (not stacks or a.shape[0] % r):
             raise AdapterError(
                 "The configuration's rank is not the tensors'.",
                 where=f"{self.path}: {module}",
-                expected=f"r = {scaling.rank(module)} (adapter_config.json)",
-                found=f"r = {r} (rows of lora_A)",
+                expected=f"r = {r} (adapter_config.json)",
+                found=f"r = {a.shape[0]} (rows of lora_A)",
             )
-        return LowRank(
-            name=f"{module}.weight",
+        return Adapted(
             module=module,
-            r=r,
-            scaling=scaling.scaling(module, r),
+            depth=depth,
+            parameter=parameter,
+            embedding=embedding,
             lora_A=lora_a,
             lora_B=lora_b,
+            bias=pair.get("lora_B_bias"),
+            magnitude=pair.get("magnitude"),
+            r=r,
+            stacked=a.shape[0] // r,
+            scaling=scaling.scaling(named, r),
+        )
+
+    def _misshapen(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> AdapterError:
+        return AdapterError(
+            "lora_A and lora_B do not fit each other.",
+            where=f"{self.header.path}: {module}",
+            expected="A of (r, in) and B of (out, r)",
+            found=f"A of {list(a)} and B of {list(b)}",
         )
 
     def _no_weights(self) -> AdapterError:
@@ -232,24 +302,13 @@ class Adapter:
         return AdapterError("The adapter's weights are missing.", where=self.path, expected=ADAPTER_WEIGHTS)
 
 
-def _nearest(name: str, tensors: Iterable[str]) -> str:
-    known = list(tensors)
-    near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (nearest: {near[0]})" if near else ""
+def _is_pair(pair: dict[str, str]) -> bool:
+    linear = {"lora_A", "lora_B"} <= pair.keys()
+    return linear != ({"lora_embedding_A", "lora_embedding_B"} <= pair.keys()) and (
+        linear or not pair.keys() & {"lora_A", "lora_B", "lora_B_bias"}
+    )
 
 
-def _check_base_form(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
-        raise UnsupportedAdapterError(
-            "The base model is quantized; a merge into it would round every weight again.",
-            where=base.path / "config.json",
-            expected="the full-precision model that it was made from",
-            found="quantization_config",
-            next_step="pass --base with the full-precision model",
-        )
-    if base.config.get("model_type") in _CONV1D_MODELS:
-        raise UnsupportedAdapterError(
-            "The base's linear layers are Conv1D, stored transposed, which cannot be merged here yet.",
-            where=base.path / "config.json",
-            found=f"model_type {base.config['model_type']}",
-        )
+def _strange(name: str) -> str:
+    known = next((meaning for mark, meaning in _OTHER_TENSORS if mark in name), None)
+    return known or "a tensor that this version does not know"

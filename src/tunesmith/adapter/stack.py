@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Sequence
+from typing import Any
 
+from tunesmith.adapter.bind import Binder, Bound, layer_of, replicated_layers
 from tunesmith.adapter.load import Adapter
-from tunesmith.adapter.records import Added, Binding, LowRank, Magnitude, Replaced, Rows
-from tunesmith.checkpoint import Array, Checkpoint, Float64, TensorInfo, read_rows
+from tunesmith.adapter.places import Places
+from tunesmith.adapter.records import (
+    Added,
+    Binding,
+    Copied,
+    LowRank,
+    Magnitude,
+    Replaced,
+    Rows,
+    Span,
+    Update,
+)
+from tunesmith.adapter.ties import Ties
+from tunesmith.checkpoint import Array, Checkpoint, Float64, TensorInfo, as_float64, read_rows
+from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
+from tunesmith.record import Finding
 
 WholeTensor = Added | Magnitude | Replaced | Rows
+
+_SHOWN = 8
+_HEADED = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 class Stack:
@@ -23,12 +49,15 @@ class Stack:
         weights: the weight of each.
 
     Raises:
-        AdapterError: one of them cannot be read.
+        AdapterError: one of them cannot be read, or a weight is not a finite number.
     """
 
     def __init__(self, adapters: Sequence[tuple[str | os.PathLike[str], float]]) -> None:
         self.adapters = tuple(Adapter(path) for path, _ in adapters)
-        self.weights = tuple(weight for _, weight in adapters)
+        self.weights = tuple(float(weight) for _, weight in adapters)
+        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+            if not math.isfinite(weight):
+                raise AdapterError("An adapter's weight is not a finite number.", where=adapter.path, found=weight)
 
     def bind(self, base: Checkpoint, *, base_is_residual: bool = False) -> Binding:
         """What the adapters make of a base.
@@ -45,7 +74,16 @@ class Stack:
             UnsupportedAdapterError: something cannot be merged truly; every reason is listed.
             AdapterMismatchError: names or shapes do not fit; all that do not are listed.
         """
-        return Binding(updates=self.adapters[0].bind(base))
+        for adapter in self.adapters:
+            adapter.require_mergeable(base_is_residual=base_is_residual)
+        check_base_form(base)
+        places = Places(base)
+        bounds = [
+            Binder(adapter, index, weight, places).bind()
+            for index, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True))
+        ]
+        self._raise_misfits(bounds, base)
+        return _Union(self, places, bounds).binding()
 
     def factors(self, update: LowRank) -> tuple[Float64, Float64]:
         """The factors of one update as the base stores its tensor: Δ = scaling · B @ A, whatever ``transposed`` says.
@@ -60,7 +98,10 @@ class Stack:
         Raises:
             AdapterError: a factor holds NaN or infinity.
         """
-        return self.adapters[update.adapter].factors(update)
+        adapter = self.adapters[update.adapter]
+        a = adapter.finite(update.lora_A, (_slice(update.A_rows), _slice(update.A_columns)))
+        b = adapter.finite(update.lora_B, (_slice(update.B_rows), _slice(update.B_columns)))
+        return (b.T, a.T) if update.transposed else (a, b)
 
     def info(self, update: WholeTensor) -> TensorInfo:
         """Shape and dtype of the tensor that an update stores whole."""
@@ -69,3 +110,219 @@ class Stack:
     def rows(self, update: WholeTensor, start: int = 0, stop: int | None = None) -> Array:
         """Rows of the tensor that an update stores whole, as stored (BF16 as uint16 patterns)."""
         return read_rows(self.adapters[update.adapter].header, update.tensor, start, stop)
+
+    def _raise_misfits(self, bounds: Sequence[Bound], base: Checkpoint) -> None:
+        misfits = [problem for bound in bounds for problem in bound.misfits]
+        if misfits:
+            named = self.adapters[0].base_model
+            count = sum(len(adapter.adapted) + len(adapter.whole) for adapter in self.adapters)
+            raise AdapterMismatchError(
+                f"The adapter does not fit this base model: {len(misfits)} of {count} have no place.",
+                where=", ".join(str(adapter.path) for adapter in self.adapters),
+                expected=f"base model {named}" if named else None,
+                found=f"base model {base.path}",
+                details=_some(misfits),
+                next_step="pass --base with the model that was tuned",
+            )
+
+
+class _Union:
+    """Several adapters' updates of one base, as one binding."""
+
+    def __init__(self, stack: Stack, places: Places, bounds: Sequence[Bound]) -> None:
+        self.stack, self.places = stack, places
+        self.updates: list[Update] = [update for bound in bounds for update in bound.updates]
+        self.refusals = [reason for bound in bounds for reason in bound.refusals]
+        self.findings: list[Finding] = [finding for adapter in stack.adapters for finding in adapter.findings]
+        self.config: dict[str, Any] = {}
+        self.dropped: list[str] = []
+        self.shared = self._shared(bounds)
+
+    def binding(self) -> Binding:
+        self._check_alone()
+        ties = Ties(self.places, self.stack.adapters, self.refusals.append)
+        self.updates = ties.settle(self.updates, self.shared)
+        self.config |= ties.config
+        self.dropped += ties.dropped
+        self.findings += ties.findings
+        self._replicate()
+        shapes = self._shapes()
+        self._vocabulary(shapes)
+        self._task(shapes)
+        if self.refusals:
+            raise UnsupportedAdapterError(
+                "This adapter holds what this version cannot merge truly, so it is refused rather than merged in part.",
+                where=", ".join(str(adapter.path) for adapter in self.stack.adapters),
+                details=_some(self.refusals),
+            )
+        return Binding(
+            updates=tuple(self.updates),
+            shapes=shapes,
+            dropped=tuple(self.dropped),
+            config=self.config,
+            findings=tuple(self.findings),
+        )
+
+    def _shared(self, bounds: Sequence[Bound]) -> dict[str, Replaced]:
+        """What adapters store of the base's own, where it is not what the base holds anyway."""
+        kept: dict[str, Replaced] = {}
+        for bound in bounds:
+            for name, update in bound.shared.items():
+                if self._is_the_base(update):
+                    continue
+                if name in kept:
+                    self.refusals.append(
+                        f"{update.tensor}: two adapters hold the base's own {name}, and differ from it"
+                    )
+                kept[name] = update
+        return kept
+
+    def _is_the_base(self, update: Replaced) -> bool:
+        base, info = self.places.base, self.stack.info(update)
+        name = update.name if update.name in self.places.tensors else self.places.embedding
+        if name is None or self.places.tensors[name].shape != info.shape:
+            return False
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, (1 << 20) * rows // max(1, info.elements))
+        for start in range(0, rows, step):
+            theirs = as_float64(self.stack.rows(update, start, start + step), info.dtype)
+            if not (theirs == base.read_float64(name, start, start + step)).all():
+                return False
+        return True
+
+    def _check_alone(self) -> None:
+        """Only what is added can be summed with weights; whatever is stored whole must be alone on its tensor."""
+        touching: dict[str, set[int]] = {}
+        for update in self.updates:
+            if not isinstance(update, Copied):
+                touching.setdefault(update.name, set()).add(update.adapter)
+        for update in self.updates:
+            if isinstance(update, Replaced | Rows | Magnitude) and (
+                len(touching[update.name]) > 1 or self.stack.weights[update.adapter] != 1
+            ):
+                self.refusals.append(
+                    f"{update.tensor}: replaces or rescales {update.name}, which cannot be weighted or summed with "
+                    "another adapter's update"
+                )
+
+    def _replicate(self) -> None:
+        """Write the layers that ``layer_replication`` repeats, each a tensor of its own."""
+        layouts = {tuple(replicated_layers(adapter)) for adapter in self.stack.adapters}
+        if layouts == {()}:
+            return
+        if len(layouts) > 1:
+            self.refusals.append("layer_replication differs between the adapters")
+            return
+        layers = list(layouts.pop())
+        count = self.places.setting("num_hidden_layers")
+        if not isinstance(count, int) or not all(0 <= layer < count for layer in layers):
+            self.refusals.append(f"layer_replication: the base has {count} layers")
+            return
+        copies: list[Update] = []
+        for name in self.places.tensors:
+            parts = layer_of(name)
+            if parts is None or "vision" in name or "visual" in name:
+                continue
+            before, number, after = parts
+            copies += [
+                Copied(name=f"{before}{place}{after}", source=name)
+                for place, layer in enumerate(layers)
+                if layer == number and place != number
+            ]
+            if number >= len(layers):
+                self.dropped.append(name)
+        self.updates = copies + self.updates
+        section = self.places.section()
+        self.config[f"{section}num_hidden_layers"] = len(layers)
+        types = self.places.setting("layer_types")
+        if isinstance(types, list) and len(types) == count:
+            self.config[f"{section}layer_types"] = tuple(types[layer] for layer in layers)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for update in self.updates:
+            before = self.places.tensors.get(update.name)
+            after = before.shape if before else None
+            if isinstance(update, Replaced):
+                after = self.stack.info(update).shape
+            elif isinstance(update, Copied):
+                after = self.places.tensors[update.source].shape
+            if after is not None and (before is None or before.shape != after):
+                shapes[update.name] = after
+        return shapes
+
+    def _vocabulary(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        sizes = {name: shape[0] for name, shape in shapes.items() if self.places.is_vocabulary(name)}
+        if not sizes or self.places.embedding is None:
+            return
+        others = {self.places.embedding, self.places.head} - sizes.keys() - set(self.dropped) - {None}
+        rows = set(sizes.values()) | {self.places.tensors[str(name)].shape[0] for name in others}
+        if len(rows) > 1:
+            self.refusals.append(
+                f"the vocabulary would have {' and '.join(map(str, sorted(rows)))} rows at once: "
+                f"{', '.join([*sizes, *map(str, others)])}"
+            )
+            return
+        size, before = rows.pop(), self.places.tensors[str(self.places.embedding)].shape[0]
+        if size != before:
+            self.config[f"{self.places.section()}vocab_size"] = size
+            self.findings.append(
+                Finding(code="vocabulary_resized", severity="info", params={"before": before, "after": size})
+            )
+
+    def _task(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """A head that the base lacks: the tuned model is of another class."""
+        tasks = {str(adapter.config.get("task_type")) for adapter in self.stack.adapters} & _HEADED.keys()
+        if not tasks:
+            return
+        task = tasks.pop()
+        names = self.places.base.config.get("architectures")
+        architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+        tuned = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture) + _HEADED[task]
+        if architecture and tuned != architecture:
+            self.config["architectures"] = (tuned,)
+            if self.places.head and self.places.head not in {update.name for update in self.updates}:
+                self.dropped.append(self.places.head)
+        saved = [update for update in self.updates if isinstance(update, Replaced)]
+        outputs = [
+            shapes.get(update.name) or self.stack.info(update).shape for update in saved if _is_classifier(update)
+        ]
+        if task in _LABELLED and outputs:
+            self._labels(outputs[0][0])
+
+    def _labels(self, count: int) -> None:
+        known = self.places.base.config.get("id2label")
+        if isinstance(known, dict) and len(known) == count:
+            return
+        self.config["id2label"] = {str(label): f"LABEL_{label}" for label in range(count)}
+        self.config["label2id"] = {f"LABEL_{label}": label for label in range(count)}
+
+
+def check_base_form(base: Checkpoint) -> None:
+    """Refuse a base whose weights are quantized.
+
+    Raises:
+        UnsupportedAdapterError: ``config.json`` says that it is.
+    """
+    if base.config.get("quantization_config"):
+        raise UnsupportedAdapterError(
+            "The base model is quantized; a merge into it would round every weight again.",
+            where=base.path / "config.json",
+            expected="the full-precision model that it was made from",
+            found="quantization_config",
+            next_step="pass --base with the full-precision model; for an adapter that was trained on a 4-bit base, "
+            "add --base-view nf4",
+        )
+
+
+def _is_classifier(update: Replaced) -> bool:
+    return bool(re.search(r"(^|\.)(score|classifier|out_proj|qa_outputs)\.weight$", update.name))
+
+
+def _slice(span: Span | None) -> slice:
+    return slice(None) if span is None else slice(*span)
+
+
+def _some(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - _SHOWN
+    return [*problems[:_SHOWN], *([f"… and {more} more"] if more > 0 else [])]
