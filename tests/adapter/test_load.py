@@ -167,7 +167,6 @@ UNMERGEABLE = {
     f"{PREFIX}{Q}.lora_C.weight": "does not know",
     f"{PREFIX}{Q}.lora_diag.default": "KaSA",
     f"{PREFIX}{Q}.lora_E": "AdaLoRA",
-    f"{PREFIX}decoder.layers.0.self_attention.linear_qkv.lora_x": "Megatron",
     "something": "does not know",
 }
 
@@ -239,6 +238,13 @@ def test_all_names_that_the_base_lacks_are_listed_with_their_nearest(tmp_path: P
     assert "nearest" not in details["ЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖЖ.weight"]
     assert caught.value.expected == "base model org/base"
     assert str(base.path) in str(caught.value.found)
+
+
+def test_names_of_megatron_are_refused_with_what_would_help(tmp_path: Path, base: Checkpoint) -> None:
+    """Its fused layers interleave heads, so that no cut of the factors would be sure."""
+    with pytest.raises(AdapterMismatchError) as caught:
+        bind(write_adapter(tmp_path / "a", pair("decoder.layers.0.self_attention.linear_qkv")), base)
+    assert "a layer of Megatron; convert the adapter" in caught.value.details[0]
 
 
 def test_many_mismatches_are_counted_beyond_the_first_eight(tmp_path: Path, base: Checkpoint) -> None:

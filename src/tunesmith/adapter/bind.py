@@ -33,6 +33,7 @@ class Bound:
         shared: tensors that the adapter stores for the base's own, under a wrapper: by target.
         copies: names of trained copies of whole modules (``modules_to_save``).
         misfits: what has no place, or another shape.
+        absent: names that the base lacks, by the place of their line in ``misfits``.
         refusals: what cannot be merged truly.
     """
 
@@ -40,6 +41,7 @@ class Bound:
     shared: dict[str, Replaced] = field(default_factory=dict)
     copies: set[str] = field(default_factory=set)
     misfits: list[str] = field(default_factory=list)
+    absent: dict[int, str] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
 
 
@@ -71,7 +73,17 @@ class Binder:
                 self._layer(adapted, name)
         for module, pairs in experts.items():
             self._experts(module, pairs)
+        self._check_rows_alone()
         return self.bound
+
+    def _check_rows_alone(self) -> None:
+        """PEFT trains token rows of a plain embedding only, so what both would mean on one tensor is nowhere said."""
+        trained = {update.name for update in self.bound.updates if isinstance(update, Rows)}
+        self.bound.refusals += [
+            f"{update.lora_A}: an adapter on {update.name} beside trained rows of it"
+            for update in self.bound.updates
+            if isinstance(update, LowRank) and update.name in trained
+        ]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor as the adapter's model has it: its own, where the adapter stores it whole."""
@@ -263,17 +275,20 @@ class Binder:
     ) -> None:
         if stack is None:
             name = f"{adapted.module}.{parameter or 'weight'}"
-            problem = (
-                "fits several of the base's tensors: " + ", ".join(self.places.ambiguous[name])
-                if name in self.places.ambiguous
-                else f"not in the base{self.places.nearest(name)}"
-            )
-            self.bound.misfits.append(f"{name}: {problem}")
+            if name in self.places.ambiguous:
+                several = ", ".join(self.places.ambiguous[name])
+                self.bound.misfits.append(f"{name}: fits several of the base's tensors: {several}")
+            else:
+                self._absent(f"{name}: not in the base{_megatron(name)}", name)
         else:
             self.bound.misfits.append(
                 f"{adapted.module}.{parameter}: the adapter's shape is A {list(a)} and B {list(b)} with r = {adapted.r}"
                 f", the base's {list(stack.shape)}"
             )
+
+    def _absent(self, problem: str, name: str) -> None:
+        self.bound.absent[len(self.bound.misfits)] = name
+        self.bound.misfits.append(problem)
 
     def _stacked(self, adapted: Adapted, stack: Stacked, *, transposed: bool) -> None:
         experts, r = stack.shape[0], adapted.r
@@ -311,7 +326,7 @@ class Binder:
             name = self.places.written_as(key.target)
             trained = trained or not self.places.tied
         if name is None and not trained:
-            self.bound.misfits.append(f"{key.tensor}: {key.target} is not in the base{self.places.nearest(key.target)}")
+            self._absent(f"{key.tensor}: {key.target} is not in the base", key.target)
             return
         update = Replaced(
             name=name or self.places.written_as(key.target), module=key.module, tensor=key.tensor, adapter=self.index
@@ -389,6 +404,15 @@ def _cut(piece: Piece, expert: int, experts: int, r: int, transposed: bool) -> d
     if piece.rows is not None:
         cut["A_columns" if transposed else "B_rows"] = piece.rows
     return cut
+
+
+def _megatron(name: str) -> str:
+    fused = ("linear_qkv", "linear_fc1", "linear_proj", "dense_h_to_4h")
+    return (
+        " (a layer of Megatron; convert the adapter to transformers' names first)"
+        if any(part in name for part in fused)
+        else ""
+    )
 
 
 def layer_of(name: str) -> tuple[str, int, str] | None:

@@ -35,7 +35,7 @@ REFUSED = {
     "arrow_config": "Arrow: it routes between adapters for every token, so no merged model can equal it",
     "megatron_config": "Megatron's fused, sharded layers; convert the adapter to the names of transformers first",
     "kasa_config": "KaSA: it changes the base's weights when training begins, and puts a diagonal between A and B",
-    "monteclora_config": "MonteCLoRA: it samples its update, and merges to an average that is not in the file",
+    "monteclora_config": "MonteCLoRA: its update is sampled, not B·A",
 }
 
 # Initialisations that leave the base as it is.  The others subtract the adapter's start from the base's weights.

@@ -35,7 +35,6 @@ _OTHER_TENSORS = (
     ("lora_E", "AdaLoRA's singular values"),
     ("monteclora", "MonteCLoRA's sampler"),
     ("lora_router", "a router between adapters"),
-    ("linear_qkv", "Megatron's fused layer; convert the adapter to the names of transformers first"),
 )
 _KEPT_TENSORS = 4  # the experts of one layer share two
 

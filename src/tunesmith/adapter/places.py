@@ -7,7 +7,7 @@ moved between releases of transformers, GPT-2's files have none, and a mixture o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -45,14 +45,21 @@ class Places:
         """
         if name in self.tensors:
             return name
-        return self._only(name, [spelled for spelled in dict.fromkeys(_spellings(name)) if spelled in self.tensors])
+        return self._only(name, self._spelled(name, self.tensors))
 
     def find_module(self, module: str) -> str | None:
         """The base's module of that name, which has tensors below it; None where it has none."""
         if module in self._modules:
             return module
-        spelled = [name[:-1] for name in dict.fromkeys(_spellings(f"{module}.")) if name[:-1] in self._modules]
-        return self._only(module, spelled)
+        return self._only(module, self._spelled(module, self._modules))
+
+    def _spelled(self, name: str, known: Container[str]) -> list[str]:
+        found = [spelled for spelled in dict.fromkeys(_spellings(name)) if spelled in known]
+        if found:
+            return found
+        # A bare model's files lack the prefix that a model with a head puts before it, or the other way round.
+        others = [name.partition(".")[2], *(f"{root}.{name}" for root in self._roots)]
+        return [spelled for spelled in others if spelled in known]
 
     def _only(self, name: str, found: list[str]) -> str | None:
         if len(found) > 1:
@@ -73,6 +80,10 @@ class Places:
         """`` (nearest: …)`` with the most similar name of the base, or nothing."""
         near = difflib.get_close_matches(name, self.tensors, n=1, cutoff=0.5)
         return f" (nearest: {near[0]})" if near else ""
+
+    @cached_property
+    def _roots(self) -> set[str]:
+        return {name.partition(".")[0] for name in self.tensors}
 
     @cached_property
     def _modules(self) -> set[str]:

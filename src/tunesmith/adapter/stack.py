@@ -82,7 +82,7 @@ class Stack:
             Binder(adapter, index, weight, places).bind()
             for index, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True))
         ]
-        self._raise_misfits(bounds, base)
+        self._raise_misfits(bounds, places)
         return _Union(self, places, bounds).binding()
 
     def factors(self, update: LowRank) -> tuple[Float64, Float64]:
@@ -111,19 +111,25 @@ class Stack:
         """Rows of the tensor that an update stores whole, as stored (BF16 as uint16 patterns)."""
         return read_rows(self.adapters[update.adapter].header, update.tensor, start, stop)
 
-    def _raise_misfits(self, bounds: Sequence[Bound], base: Checkpoint) -> None:
-        misfits = [problem for bound in bounds for problem in bound.misfits]
-        if misfits:
-            named = self.adapters[0].base_model
-            count = sum(len(adapter.adapted) + len(adapter.whole) for adapter in self.adapters)
-            raise AdapterMismatchError(
-                f"The adapter does not fit this base model: {len(misfits)} of {count} have no place.",
-                where=", ".join(str(adapter.path) for adapter in self.adapters),
-                expected=f"base model {named}" if named else None,
-                found=f"base model {base.path}",
-                details=_some(misfits),
-                next_step="pass --base with the model that was tuned",
-            )
+    def _raise_misfits(self, bounds: Sequence[Bound], places: Places) -> None:
+        # To look for the nearest name is slow, so that is done for the names that are shown.
+        misfits = [
+            (problem, bound.absent.get(place)) for bound in bounds for place, problem in enumerate(bound.misfits)
+        ]
+        if not misfits:
+            return
+        shown = [problem + (places.nearest(name) if name else "") for problem, name in misfits[:_SHOWN]]
+        more = [f"… and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
+        count = sum(len(adapter.adapted) + len(adapter.whole) for adapter in self.adapters)
+        named = self.adapters[0].base_model
+        raise AdapterMismatchError(
+            f"The adapter does not fit this base model: {len(misfits)} of {count} have no place.",
+            where=", ".join(str(adapter.path) for adapter in self.adapters),
+            expected=f"base model {named}" if named else None,
+            found=f"base model {places.base.path}",
+            details=[*shown, *more],
+            next_step="pass --base with the model that was tuned",
+        )
 
 
 class _Union:
@@ -170,6 +176,8 @@ class _Union:
             for name, update in bound.shared.items():
                 if self._is_the_base(update):
                     continue
+                if self.stack.weights[update.adapter] != 1 and name.endswith(".bias"):
+                    self.refusals.append(f"{update.tensor}: a trained bias replaces the base's, and cannot be weighted")
                 if name in kept:
                     self.refusals.append(
                         f"{update.tensor}: two adapters hold the base's own {name}, and differ from it"
