@@ -325,7 +325,7 @@ class Binder:
         if name is None and is_head(key.module) and self.places.embedding:
             name = self.places.written_as(key.target)
             trained = trained or not self.places.tied
-        if name is None and not trained:
+        if name is None and (not trained or self._in_another_form(key.module)):
             self._absent(f"{key.tensor}: {key.target} is not in the base", key.target)
             return
         update = Replaced(
@@ -351,6 +351,10 @@ class Binder:
             self.bound.updates.append(update)
         else:
             self.bound.shared[update.name] = update
+
+    def _in_another_form(self, module: str) -> bool:
+        """Whether the base has a module under other tensors' names: experts, fused in memory and split on disk."""
+        return self.places.find_module(module) is not None
 
     def _is_saved_module(self, module: str) -> bool:
         """Whether ``modules_to_save`` names a module, or one that it is part of."""

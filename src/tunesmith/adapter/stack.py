@@ -153,6 +153,7 @@ class _Union:
         self.findings += ties.findings
         self._replicate()
         shapes = self._shapes()
+        self._check_shapes(shapes)
         self._vocabulary(shapes)
         self._task(shapes)
         if self.refusals:
@@ -258,6 +259,23 @@ class _Union:
             if after is not None and (before is None or before.shape != after):
                 shapes[update.name] = after
         return shapes
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """One adapter's tensor may have another shape than the one that the others were bound to."""
+        for update in self.updates:
+            shape = shapes.get(update.name)
+            if shape is None or isinstance(update, Copied | Replaced):
+                continue
+            if isinstance(update, LowRank):
+                infos = self.stack.adapters[update.adapter].header.tensors
+                rows, columns = infos[update.lora_B].shape[0], infos[update.lora_A].shape[1]
+                fits = shape[:2] == ((columns, rows) if update.transposed else (rows, columns))
+            elif isinstance(update, Rows):
+                fits = max(update.indices, default=0) < shape[0]
+            else:
+                fits = self.stack.info(update).elements in shape
+            if not fits:
+                self.refusals.append(f"{update.module}: fits the base's {update.name}, not the adapters' {list(shape)}")
 
     def _vocabulary(self, shapes: dict[str, tuple[int, ...]]) -> None:
         sizes = {name: shape[0] for name, shape in shapes.items() if self.places.is_vocabulary(name)}
