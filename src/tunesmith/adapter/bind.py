@@ -17,7 +17,7 @@ from tunesmith.adapter.keys import Key
 from tunesmith.adapter.load import Adapted, Adapter
 from tunesmith.adapter.places import Places, is_embedding, is_head
 from tunesmith.adapter.records import Added, LowRank, Magnitude, Replaced, Rows, Update
-from tunesmith.checkpoint import FLOAT_DTYPES
+from tunesmith.checkpoint import FLOAT_DTYPES, same_values
 
 # Architectures with Conv1D layers, stored as (in, out), and which of their modules those are.
 _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
@@ -316,8 +316,8 @@ class Binder:
                 self._tokens(key)
 
     def _check_same(self, first: Key, second: Key) -> None:
-        ours, theirs = self.adapter.stored(first.tensor), self.adapter.stored(second.tensor)
-        if ours.shape != theirs.shape or ours.tobytes() != theirs.tobytes():
+        header = self.adapter.header
+        if not same_values(header, first.tensor, header, second.tensor):
             self.bound.refusals.append(f"{first.tensor} and {second.tensor}: two tensors for one place, which differ")
 
     def _whole(self, key: Key, *, trained: bool) -> None:

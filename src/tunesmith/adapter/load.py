@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ class Adapter:
         self.adapted: tuple[Adapted, ...] = ()
         self.whole: tuple[Key, ...] = ()
         self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._keeping = threading.Lock()
         if self.config.get("peft_type") == "LORA":
             self._read_tensors()
 
@@ -142,11 +144,14 @@ class Adapter:
 
     def stored(self, tensor: str) -> Array:
         """One tensor of the file, whole, as stored; the last few are kept, for the experts that share one."""
-        if tensor not in self._kept:
-            self._kept[tensor] = read_rows(self.header, tensor)
-            while len(self._kept) > _KEPT_TENSORS:
-                self._kept.popitem(last=False)
-        return self._kept[tensor]
+        kept = self._kept.get(tensor)
+        if kept is None:
+            kept = read_rows(self.header, tensor)
+            with self._keeping:
+                self._kept[tensor] = kept
+                while len(self._kept) > _KEPT_TENSORS:
+                    self._kept.popitem(last=False)
+        return kept
 
     def finite(self, tensor: str, part: tuple[slice, ...] = ()) -> Float64:
         """One tensor, or a part of it, exactly, as a matrix: its first dimension by all the others.

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Any
 
-from tunesmith.checkpoint import Checkpoint
+from tunesmith.checkpoint import Checkpoint, Header, same_values
 
 # Prefixes of a language model's own tensors, alone or as the tower of a larger model.
 _TOWERS = (
@@ -122,7 +122,16 @@ class Places:
         for section in (self.base.config, self.base.config.get("text_config")):
             if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
                 return bool(section["tie_word_embeddings"])
-        return self.head is None or same_values(self.base, self.head, self.base, self.embedding)
+        return self.head is None or same_values(
+            self._shard(self.head), self.head, self._shard(self.embedding), self.embedding
+        )
+
+    def _shard(self, name: str) -> Header:
+        return self.base.shards[self.base.shard_of(name)]
+
+    def same_as(self, name: str, other: Header, tensor: str) -> bool:
+        """Whether a tensor of the base holds the same numbers as one of another file."""
+        return same_values(self._shard(name), name, other, tensor)
 
     def section(self) -> str:
         """Where ``config.json`` keeps the language model's own settings: ``""`` or ``"text_config."``."""
@@ -135,19 +144,6 @@ class Places:
         if isinstance(inner, dict) and key in inner:
             return inner[key]
         return self.base.config.get(key)
-
-
-def same_values(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
-    """Whether two tensors hold the same numbers, read a few rows at a time."""
-    ours, theirs = first.info(name), second.info(other)
-    if ours.shape != theirs.shape:
-        return False
-    rows = ours.shape[0] if ours.shape else 1
-    step = max(1, (1 << 20) * rows // max(1, ours.elements))
-    return all(
-        bool((first.read_float64(name, row, row + step) == second.read_float64(other, row, row + step)).all())
-        for row in range(0, rows, step)
-    )
 
 
 def is_embedding(module: str) -> bool:

@@ -23,7 +23,7 @@ from tunesmith.adapter.records import (
     Update,
 )
 from tunesmith.adapter.ties import Ties
-from tunesmith.checkpoint import Array, Checkpoint, Float64, TensorInfo, as_float64, read_rows
+from tunesmith.checkpoint import Array, Checkpoint, Float64, Header, TensorInfo, read_rows
 from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
 from tunesmith.record import Finding
 
@@ -187,17 +187,11 @@ class _Union:
         return kept
 
     def _is_the_base(self, update: Replaced) -> bool:
-        base, info = self.places.base, self.stack.info(update)
         name = update.name if update.name in self.places.tensors else self.places.embedding
-        if name is None or self.places.tensors[name].shape != info.shape:
-            return False
-        rows = info.shape[0] if info.shape else 1
-        step = max(1, (1 << 20) * rows // max(1, info.elements))
-        for start in range(0, rows, step):
-            theirs = as_float64(self.stack.rows(update, start, start + step), info.dtype)
-            if not (theirs == base.read_float64(name, start, start + step)).all():
-                return False
-        return True
+        return name is not None and self.places.same_as(name, self._header(update), update.tensor)
+
+    def _header(self, update: Replaced) -> Header:
+        return self.stack.adapters[update.adapter].header
 
     def _check_alone(self) -> None:
         """Only what is added can be summed with weights; whatever is stored whole must be alone on its tensor."""

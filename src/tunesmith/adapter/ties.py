@@ -13,6 +13,7 @@ import numpy as np
 from tunesmith.adapter.load import Adapter
 from tunesmith.adapter.places import Places
 from tunesmith.adapter.records import Copied, LowRank, Replaced, Rows, Update
+from tunesmith.checkpoint import same_values
 from tunesmith.record import Finding
 
 
@@ -120,9 +121,8 @@ class Ties:
         return isinstance(ours, Replaced) and isinstance(theirs, Replaced) and self._same(ours, theirs)
 
     def _same(self, ours: Replaced | Rows, theirs: Replaced | Rows) -> bool:
-        first = self.adapters[ours.adapter].stored(ours.tensor)
-        second = self.adapters[theirs.adapter].stored(theirs.tensor)
-        return first.dtype == second.dtype and np.array_equal(first, second)
+        first, second = self.adapters[ours.adapter].header, self.adapters[theirs.adapter].header
+        return same_values(first, ours.tensor, second, theirs.tensor)
 
 
 def _unless_replaced(shared: Iterable[Replaced], updates: Iterable[Update]) -> list[Replaced]:

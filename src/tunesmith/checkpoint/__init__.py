@@ -3,7 +3,15 @@
 Knows nothing of LoRA.
 """
 
-from tunesmith.checkpoint.directory import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object, read_rows
+from tunesmith.checkpoint.directory import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    read_json_object,
+    read_rows,
+    same_values,
+)
 from tunesmith.checkpoint.header import Header, TensorInfo, read_header
 from tunesmith.checkpoint.locate import cache_dir, locate_base
 from tunesmith.checkpoint.publish import (
@@ -23,9 +31,11 @@ from tunesmith.checkpoint.tensors import (
     as_float64,
     stored_array,
 )
+from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind
 
 __all__ = [
     "Array",
+    "BaseView",
     "CONFIG_FILE",
     "Checkpoint",
     "FLOAT_DTYPES",
@@ -34,6 +44,8 @@ __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "TensorInfo",
+    "VIEW_KINDS",
+    "ViewKind",
     "as_float64",
     "cache_dir",
     "check_free_space",
@@ -43,6 +55,7 @@ __all__ = [
     "read_header",
     "read_json_object",
     "read_rows",
+    "same_values",
     "sha256_of",
     "staged_directory",
     "stored_array",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.header import Header, TensorInfo, read_header
+import numpy as np
+
+from tunesmith.checkpoint.header import Header, TensorInfo, open_regular, quoted, read_header
 from tunesmith.checkpoint.tensors import Array, Float64, as_float64, stored_array
 from tunesmith.errors import CheckpointError
 
@@ -15,17 +19,35 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
+_COMPARED_ELEMENTS = 1 << 20
+
+_MAX_JSON_BYTES = 100_000_000
+_MAX_DEPTH = 100
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a file that must hold one JSON object.
 
     Raises:
-        CheckpointError: it is absent, unreadable, not JSON, or not an object.
+        CheckpointError: it is absent, unreadable, no regular file, over 100 MB, not JSON, or not an object; or it could
+            not be written again: it holds half a surrogate pair, or is nested more than a hundred levels deep.
     """
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(size) if size <= _MAX_JSON_BYTES else b""
+        except OSError as error:
+            raise CheckpointError("The file cannot be read.", where=path, found=error.strerror or error) from error
+    if size > _MAX_JSON_BYTES:
+        raise CheckpointError(
+            "A JSON file is far too long.", where=path, expected=f"at most {_MAX_JSON_BYTES} bytes", found=size
+        )
     try:
-        document = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise CheckpointError("A file cannot be read.", where=path, found=error.strerror or error) from error
+        document = json.loads(raw.decode("utf-8-sig"))
+        if _SURROGATE.search(raw):  # half a pair is no text, though Python reads it
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+        _check_depth(document)
     except (ValueError, RecursionError) as error:
         raise CheckpointError("A file is not valid JSON.", where=path, expected="a JSON object", found=error) from error
     if not isinstance(document, dict):
@@ -33,6 +55,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "A file is not a JSON object.", where=path, expected="an object", found=type(document).__name__
         )
     return document
+
+
+def _check_depth(document: object) -> None:
+    level: list[Any] = [document]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [node for node in level if isinstance(node, dict | list)]
+        if not level:
+            return
+        level = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
+    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path leads to something; what no file system can hold is not there."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 class Checkpoint:
@@ -55,32 +95,38 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        try:
+            is_directory = stat.S_ISDIR(self.path.stat().st_mode)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                "The model directory is not there." if not self.path.exists() else "The model is not a directory.",
+                "The model directory is not there.",
                 where=self.path,
                 expected="a directory with config.json and model.safetensors",
-            )
+                found=getattr(error, "strerror", None) or error,
+            ) from error
+        if not is_directory:
+            raise CheckpointError("The model is not a directory.", where=self.path, expected="a directory")
         self.config = read_json_object(self.path / CONFIG_FILE)
         index = self.path / INDEX_FILE
         # A loader prefers the single file; where both are there, so do we.
-        if (self.path / SINGLE_FILE).exists():
+        if _is_there(self.path / SINGLE_FILE):
             self.shards = {SINGLE_FILE: read_header(self.path / SINGLE_FILE)}
-        elif index.exists():
+        elif _is_there(index):
             self.shards = self._read_shards(index)
         else:
             raise self._no_weights()
+        self._tensors = {name: info for header in self.shards.values() for name, info in header.tensors.items()}
         self._shard_of = {name: shard for shard, header in self.shards.items() for name in header.tensors}
 
     @property
     def indexed(self) -> bool:
         """Whether an index names the shards."""
-        return not (self.path / SINGLE_FILE).exists()
+        return SINGLE_FILE not in self.shards
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name, shard by shard in the order of their data."""
-        return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
+        return self._tensors
 
     def shard_of(self, name: str) -> str:
         """The file that holds a tensor."""
@@ -88,7 +134,7 @@ class Checkpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies."""
-        return self.shards[self._shard_of[name]].tensors[name]
+        return self._tensors[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Read rows ``start:stop`` of a tensor's first dimension, as stored (BF16 as uint16 patterns)."""
@@ -104,13 +150,24 @@ class Checkpoint:
         named = isinstance(weight_map, dict) and all(isinstance(value, str) for value in weight_map.values())
         if not isinstance(weight_map, dict) or not named or not weight_map:
             raise CheckpointError("The index has no weight_map.", where=index, expected="names mapped to file names")
-        escaping = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or shard in ("", "..")})
-        if escaping:
-            raise CheckpointError("The index names files outside its directory.", where=index, details=escaping[:10])
-        shards = {shard: read_header(self.path / shard) for shard in dict.fromkeys(weight_map.values())}
+        filenames = list(dict.fromkeys(weight_map.values()))
+        if escaping := sorted(name for name in filenames if Path(name).name != name or name in ("", "..")):
+            details = map(quoted, escaping[:10])
+            raise CheckpointError("The index names files outside its directory.", where=index, details=details)
+        # A loader unpickles what has another ending, and the output has a file of every shard's name.
+        if odd := sorted(name for name in filenames if not name.isprintable() or not name.endswith(".safetensors")):
+            raise CheckpointError(
+                "The index names files that cannot be shards.",
+                where=index,
+                expected="printable names that end in .safetensors",
+                details=map(quoted, odd[:10]),
+            )
+        self._check_complete(filenames)
+        shards = {shard: read_header(self.path / shard) for shard in filenames}
         found = {name: shard for shard, header in shards.items() for name in header.tensors}
         problems = [
-            f"{name}: the index says {weight_map.get(name, 'nothing')}, the files say {found.get(name, 'nothing')}"
+            f"{_shown(name)}: the index says {weight_map.get(name, 'nothing')}, "
+            f"the files say {found.get(name, 'nothing')}"
             for name in sorted(weight_map.keys() | found.keys())
             if weight_map.get(name) != found.get(name)
         ]
@@ -120,6 +177,17 @@ class Checkpoint:
             raise CheckpointError("The index and the shards disagree.", where=index, details=problems[:10])
         return shards
 
+    def _check_complete(self, filenames: list[str]) -> None:
+        missing = [name for name in filenames if not _is_there(self.path / name)]
+        if missing:
+            raise CheckpointError(
+                f"The model is incomplete: {len(missing)} of the {len(filenames)} shards that its index names are not "
+                "there.",
+                where=self.path / missing[0],
+                details=missing[:10],
+                next_step="finish the download or the copy of the model",
+            )
+
     def _no_weights(self) -> CheckpointError:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern))
         if pickles:
@@ -128,6 +196,14 @@ class Checkpoint:
                 where=self.path / pickles[0],
                 expected=SINGLE_FILE,
                 next_step="save the model again with save_pretrained(..., safe_serialization=True)",
+            )
+        if (self.path / SINGLE_FILE).is_symlink():
+            return CheckpointError(
+                "The weights are a symlink that leads nowhere.",
+                where=self.path / SINGLE_FILE,
+                expected="a file",
+                found=(self.path / SINGLE_FILE).readlink(),
+                next_step="finish the download or the copy of the model",
             )
         return CheckpointError(
             "The model directory has no safetensors weights.",
@@ -152,10 +228,31 @@ def read_rows(header: Header, name: str, start: int = 0, stop: int | None = None
     info = header.tensors[name]
     rows = info.shape[0] if info.shape else 1
     stop = rows if stop is None else min(stop, rows)
+    start = min(start, stop)
     row_bytes = info.size_bytes // rows if rows else 0
-    with header.path.open("rb") as file:
+    with open_regular(header.path) as file:
         file.seek(info.begin + start * row_bytes)
         data = file.read((stop - start) * row_bytes)
     if len(data) != (stop - start) * row_bytes:
         raise CheckpointError("The file became shorter while it was read.", where=header.path)
     return stored_array(data, info.dtype, (stop - start, *info.shape[1:]) if info.shape else ())
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 200 else quoted(name)
+
+
+def same_values(first: Header, name: str, second: Header, other: str) -> bool:
+    """Whether two stored tensors hold the same numbers, whatever their dtypes, read a few rows at a time."""
+    ours, theirs = first.tensors[name], second.tensors[other]
+    if ours.shape != theirs.shape:
+        return False
+    rows = ours.shape[0] if ours.shape else 1
+    step = max(1, _COMPARED_ELEMENTS * rows // max(1, ours.elements))
+    return all(
+        np.array_equal(
+            as_float64(read_rows(first, name, row, row + step), ours.dtype),
+            as_float64(read_rows(second, other, row, row + step), theirs.dtype),
+        )
+        for row in range(0, rows, step)
+    )
