@@ -14,6 +14,7 @@ import numpy as np
 from tunesmith.adapter.config import Scaling, refusals, residual_init
 from tunesmith.adapter.experts import targeted_parameters
 from tunesmith.adapter.keys import Key, parse_keys
+from tunesmith.adapter.records import Span
 from tunesmith.checkpoint import (
     FLOAT_DTYPES,
     Array,
@@ -37,7 +38,7 @@ _OTHER_TENSORS = (
     ("monteclora", "MonteCLoRA's sampler"),
     ("lora_router", "a router between adapters"),
 )
-_KEPT_TENSORS = 4  # the experts of one layer share two
+_KEPT_TENSORS = 4  # the experts of one layer share two, and two layers may be in work at once
 
 
 @dataclass(frozen=True)
@@ -143,24 +144,27 @@ class Adapter:
             )
 
     def stored(self, tensor: str) -> Array:
-        """One tensor of the file, whole, as stored; the last few are kept, for the experts that share one."""
-        kept = self._kept.get(tensor)
-        if kept is None:
-            kept = read_rows(self.header, tensor)
-            with self._keeping:
-                self._kept[tensor] = kept
-                while len(self._kept) > _KEPT_TENSORS:
-                    self._kept.popitem(last=False)
-        return kept
+        """One tensor of the file, whole, as stored."""
+        return read_rows(self.header, tensor)
 
-    def finite(self, tensor: str, part: tuple[slice, ...] = ()) -> Float64:
+    def finite(self, tensor: str, rows: Span | None = None, columns: Span | None = None) -> Float64:
         """One tensor, or a part of it, exactly, as a matrix: its first dimension by all the others.
+
+        Args:
+            tensor: its name.
+            rows: which of its rows; None for all.
+            columns: which of its columns; None for all.
 
         Raises:
             AdapterError: it holds NaN or infinity.
         """
-        stored = self.stored(tensor)
-        matrix = stored.reshape(stored.shape[0], -1)[part]
+        if columns is not None and columns[2] != 1:  # an expert's: the others want the rest of the same tensor soon
+            stored = self._kept_whole(tensor)[_slice(rows)]
+        elif rows is not None and rows[2] == 1:
+            stored = read_rows(self.header, tensor, rows[0], rows[1])
+        else:
+            stored = self.stored(tensor)[_slice(rows)]
+        matrix = stored.reshape(stored.shape[0], -1)[:, _slice(columns)]
         values = as_float64(matrix, self.header.tensors[tensor].dtype)
         if not np.isfinite(values).all():
             raise AdapterError(
@@ -169,6 +173,17 @@ class Adapter:
                 next_step="choose a checkpoint from before the training diverged",
             )
         return values
+
+    def _kept_whole(self, tensor: str) -> Array:
+        """A tensor that every expert of a layer needs some columns of; the last few are kept."""
+        kept = self._kept.get(tensor)
+        if kept is None:
+            kept = self.stored(tensor)
+            with self._keeping:
+                self._kept[tensor] = kept
+                while len(self._kept) > _KEPT_TENSORS:
+                    self._kept.popitem(last=False)
+        return kept
 
     # --- transition: removed once merge and verify are on Stack
     @property
@@ -316,3 +331,7 @@ def _is_pair(pair: dict[str, str]) -> bool:
 def _strange(name: str) -> str:
     known = next((meaning for mark, meaning in _OTHER_TENSORS if mark in name), None)
     return known or "a tensor that this version does not know"
+
+
+def _slice(span: Span | None) -> slice:
+    return slice(None) if span is None else slice(*span)

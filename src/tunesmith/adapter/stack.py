@@ -19,7 +19,6 @@ from tunesmith.adapter.records import (
     Magnitude,
     Replaced,
     Rows,
-    Span,
     Update,
 )
 from tunesmith.adapter.ties import Ties
@@ -99,8 +98,8 @@ class Stack:
             AdapterError: a factor holds NaN or infinity.
         """
         adapter = self.adapters[update.adapter]
-        a = adapter.finite(update.lora_A, (_slice(update.A_rows), _slice(update.A_columns)))
-        b = adapter.finite(update.lora_B, (_slice(update.B_rows), _slice(update.B_columns)))
+        a = adapter.finite(update.lora_A, update.A_rows, update.A_columns)
+        b = adapter.finite(update.lora_B, update.B_rows, update.B_columns)
         return (b.T, a.T) if update.transposed else (a, b)
 
     def info(self, update: WholeTensor) -> TensorInfo:
@@ -337,10 +336,6 @@ def check_base_form(base: Checkpoint) -> None:
 
 def _is_classifier(update: Replaced) -> bool:
     return bool(re.search(r"(^|\.)(score|classifier|out_proj|qa_outputs)\.weight$", update.name))
-
-
-def _slice(span: Span | None) -> slice:
-    return slice(None) if span is None else slice(*span)
 
 
 def _some(problems: Sequence[str]) -> list[str]:
