@@ -12,7 +12,8 @@ import pytest
 from tests.adapter.making import Q, V, pair, write_adapter
 from tests.tiny_models import TinyRun, build_adapter, peft_alone
 from tunesmith.adapter import Adapter
-from tunesmith.adapter.config import HARMLESS, REFUSED, USED, Scaling, refusals, residual_init
+from tunesmith.adapter.bind import replicated_layers
+from tunesmith.adapter.config import HARMLESS, REFUSED, USED, Scaling, listed, refusals, residual_init
 from tunesmith.errors import AdapterError, UnsupportedAdapterError
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -157,6 +158,34 @@ def test_a_pattern_table_that_is_none_is_refused(table: object) -> None:
         with pytest.raises(AdapterError) as caught:
             Scaling({**PLAIN, field: table})
         assert caught.value.where == field
+
+
+@pytest.mark.parametrize("pattern", [r"(([a-z0-9_]|\.)*)*!", "(q+)+$", "(q{1,9})*x"])
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern: str) -> None:
+    """A configuration from anywhere must not hang whoever looks at it."""
+    with pytest.raises(AdapterError, match="for ever"):
+        Scaling({**PLAIN, "rank_pattern": {pattern: 4}})
+    Scaling({**PLAIN, "rank_pattern": {r"^model\.layers\.(0|1|2)\..*(q|v)_proj$": 4}})
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_parameters"])
+@pytest.mark.parametrize("value", [3, {"a": 1}, [1], [None]])
+def test_a_list_of_names_that_is_none_is_refused(field: str, value: object) -> None:
+    """One name alone is taken for a list of one."""
+    with pytest.raises(AdapterError, match="list of names"):
+        listed({field: value}, field)
+    assert listed({field: "lm_head"}, field) == ["lm_head"]
+    assert listed({field: None}, field) == []
+
+
+@pytest.mark.parametrize(
+    "value", [[None], {"q": -1}, [[0, 1.5]], ["ab"], [[0, 10**7]], [[3, 1]], [[-1, 2]], 5, [[0, 1, 2]]]
+)
+def test_a_layer_replication_that_is_none_is_refused(tmp_path: Path, value: object) -> None:
+    """Also one of more layers than memory has room for."""
+    adapter = Adapter(write_adapter(tmp_path / "a", layer_replication=value))
+    with pytest.raises(AdapterError, match="layer_replication"):
+        replicated_layers(adapter)
 
 
 def test_a_whole_number_as_a_float_is_the_same_number() -> None:

@@ -166,6 +166,65 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "s2.safetensors" in str(caught.value.where)
 
 
+def test_all_missing_shards_are_named_at_once(tmp_path: Path) -> None:
+    """With how many they are of how many; a link to nothing is missing too."""
+    shards, _ = two_shards()
+    directory = sharded(tmp_path / "m", shards)
+    (directory / "s1.safetensors").unlink()
+    (directory / "s2.safetensors").unlink()
+    (directory / "s2.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(CheckpointError, match="2 of the 2 shards") as caught:
+        Checkpoint(directory)
+    assert caught.value.details == ("s1.safetensors", "s2.safetensors")
+    assert "finish the download" in str(caught.value.next_step)
+
+
+def test_weights_that_are_a_link_to_nothing_are_told_from_none(tmp_path: Path) -> None:
+    """A cache that was cleaned; with an index beside it, the shards are read, as a loader does."""
+    shards, _ = two_shards()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match="symlink that leads nowhere") as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.found == "../blobs/gone"
+    assert set(Checkpoint(sharded(tmp_path, shards)).tensors) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "config.json", "s1", "s\n1.safetensors", "\x1b[2J.safetensors"])
+def test_an_index_that_names_what_cannot_be_a_shard_is_refused(tmp_path: Path, shard: str) -> None:
+    """A loader unpickles what has another ending; and a merge writes files of these names."""
+    directory = sharded(tmp_path / "m", {}, {"a": shard})
+    (directory / shard).write_bytes((single(tmp_path / "x", {"a": torch.zeros(1)}) / "model.safetensors").read_bytes())
+    (directory / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be shards") as caught:
+        Checkpoint(directory)
+    assert caught.value.details == (repr(shard),)
+
+
+def test_names_that_no_terminal_should_see_are_quoted(tmp_path: Path) -> None:
+    """In the list of disagreements; they are the file's own words."""
+    shards, weight_map = two_shards()
+    with pytest.raises(CheckpointError, match="disagree") as caught:
+        Checkpoint(sharded(tmp_path / "m", shards, {**weight_map, "x\x1b[2J\n": "s1.safetensors"}))
+    assert caught.value.details[0].startswith(r"'x\x1b[2J\n': the index says s1.safetensors")
+
+
+def test_rows_beyond_the_end_are_no_rows(tmp_path: Path) -> None:
+    """As a slice has it."""
+    model = Checkpoint(single(tmp_path / "m", {"w": torch.ones(3, 2)}))
+    assert model.read("w", 5).shape == (0, 2)
+    assert model.read("w", 5, 9).shape == (0, 2)
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """Of ours, that names it."""
+    model = Checkpoint(single(tmp_path / "m", {"w": torch.ones(3, 2)}))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        model.read("w")
+    assert str(caught.value.where).endswith("model.safetensors")
+
+
 class Trap:
     """Writes a file when it is unpickled."""
 
@@ -196,6 +255,13 @@ def test_a_directory_without_weights_says_what_it_holds(tmp_path: Path) -> None:
     assert caught.value.found == "config.json"
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_directory_that_no_file_system_can_have_is_not_there(path: str) -> None:
+    """And no crash."""
+    with pytest.raises(CheckpointError, match="not there"):
+        Checkpoint(path)
+
+
 def test_a_missing_directory_a_file_and_a_missing_config_are_told_apart(tmp_path: Path) -> None:
     """Three different mistakes, three messages."""
     file = tmp_path / "f"
@@ -215,6 +281,32 @@ def test_a_json_file_that_is_no_object_is_refused(tmp_path: Path, content: bytes
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"not valid JSON|not a JSON object"):
+        read_json_object(file)
+
+
+def nested(levels: int) -> bytes:
+    """A JSON object with this many levels."""
+    return b'{"a":' * levels + b"1" + b"}" * levels
+
+
+def test_a_json_file_that_could_not_be_written_again_is_refused(tmp_path: Path) -> None:
+    """A merge writes the config again: half a surrogate pair, and nesting that a writer's recursion cannot follow."""
+    file = tmp_path / "config.json"
+    for content in (rb'{"a": "\ud83d\ude00"}', rb'{"a": "\\ud800"}', b'{"a": [Infinity, NaN]}', nested(100)):
+        file.write_bytes(content)
+        assert read_json_object(file)
+    for content in (rb'{"a": "\ud800"}', rb'{"\uDFFF": 1}', nested(101), nested(900)):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not valid JSON"):
+            read_json_object(file)
+
+
+def test_a_json_file_without_end_is_refused_unread(tmp_path: Path) -> None:
+    """By its size; the file is sparse."""
+    file = tmp_path / "config.json"
+    with file.open("wb") as sparse:
+        sparse.truncate(10**12)
+    with pytest.raises(CheckpointError, match="far too long"):
         read_json_object(file)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tunesmith.adapter.config import listed
 from tunesmith.adapter.experts import (
     Piece,
     Stacked,
@@ -18,10 +19,14 @@ from tunesmith.adapter.load import Adapted, Adapter
 from tunesmith.adapter.places import Places, is_embedding, is_head
 from tunesmith.adapter.records import Added, LowRank, Magnitude, Replaced, Rows, Update
 from tunesmith.checkpoint import FLOAT_DTYPES, same_values
+from tunesmith.errors import AdapterError
 
 # Architectures with Conv1D layers, stored as (in, out), and which of their modules those are.
 _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 _CONV1D_MODULES = {"c_attn", "q_attn", "c_proj", "c_fc"}
+
+_LAYERS = 10_000
+_LAYER_DIGITS = 6
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Binder:
     def __init__(self, adapter: Adapter, index: int, weight: float, places: Places) -> None:
         self.adapter, self.index, self.weight, self.places = adapter, index, weight, places
         self.bound = Bound()
-        self._model_type = places.base.config.get("model_type")
+        self._model_type = str(places.base.config.get("model_type"))
         self._renumbered = replicated_layers(adapter)
 
     def bind(self) -> Bound:
@@ -358,7 +363,7 @@ class Binder:
 
     def _is_saved_module(self, module: str) -> bool:
         """Whether ``modules_to_save`` names a module, or one that it is part of."""
-        saved = self.adapter.config.get("modules_to_save") or []
+        saved = listed(self.adapter.config, "modules_to_save")
         if is_head(module) and self.adapter.config.get("ensure_weight_tying") and self.places.tied:
             module = str(self.places.embedding).removesuffix(".weight")  # the head is saved with what it is tied to
         parts = module.split(".")
@@ -423,14 +428,37 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
     """What comes before the number of a tensor's layer, that number, and what comes after it."""
     parts = name.split(".")
     for place, part in enumerate(parts):
-        if part.isdecimal() and place and parts[place - 1] in ("layers", "h", "layer", "blocks", "block"):
+        if (
+            part.isdecimal()
+            and len(part) <= _LAYER_DIGITS
+            and place
+            and parts[place - 1] in ("layers", "h", "layer", "blocks", "block")
+        ):
             return ".".join(parts[:place]) + ".", int(part), "." + ".".join(parts[place + 1 :])
     return None
 
 
 def replicated_layers(adapter: Adapter) -> list[int]:
-    """The base's layer that each layer of the tuned model is; empty where ``layer_replication`` is not used."""
+    """The base's layer that each layer of the tuned model is; empty where ``layer_replication`` is not used.
+
+    Raises:
+        AdapterError: it is no list of ranges, or they hold more layers than any model.
+    """
     ranges = adapter.config.get("layer_replication")
-    if not isinstance(ranges, Iterable) or isinstance(ranges, str):
+    if not ranges:
         return []
-    return [layer for start, end in ranges for layer in range(start, end)]
+    pairs = [pair for pair in ranges if _is_range(pair)] if isinstance(ranges, list) else []
+    if not isinstance(ranges, list) or len(pairs) != len(ranges) or sum(end - start for start, end in pairs) > _LAYERS:
+        raise AdapterError(
+            "layer_replication is no list of layers.",
+            where=adapter.path / "adapter_config.json",
+            expected=f"ranges such as [[0, 4], [2, 6]], of at most {_LAYERS} layers",
+            found=str(ranges)[:100],
+        )
+    return [layer for start, end in pairs for layer in range(start, end)]
+
+
+def _is_range(pair: object) -> bool:
+    return (
+        isinstance(pair, list) and len(pair) == 2 and all(type(one) is int for one in pair) and 0 <= pair[0] < pair[1]
+    )

@@ -64,6 +64,10 @@ _OTHER_METHODS = {
 }
 
 
+_LARGEST_NUMBER = 1e9
+_ENDLESS = re.compile(r"[*+}]\)+[*+{]")
+
+
 def refusals(config: Mapping[str, Any]) -> list[str]:
     """Why an adapter of this configuration cannot be merged truly by this version; empty where it can.
 
@@ -106,6 +110,24 @@ def residual_init(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def listed(config: Mapping[str, Any], field: str) -> list[str]:
+    """A field that lists names; PEFT takes a single name as well.
+
+    Raises:
+        AdapterError: it is neither.
+    """
+    value = config.get(field) or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(
+            "A list of names is not one.",
+            where=f"adapter_config.json: {field}",
+            expected="names of modules or parameters",
+            found=_short(value),
+        )
+    return names
+
+
 class Scaling:
     """Rank and scaling of every module, as the configuration says.
 
@@ -145,10 +167,15 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[st
     table = config.get(field) or {}
     if not isinstance(table, dict):
         raise AdapterError("A pattern table is not one.", where=field, expected="an object", found=_short(table))
+    endless = [key for key in table if _ENDLESS.search(key)]
+    if endless:
+        raise AdapterError(
+            "A pattern repeats a repetition, which can take for ever to match.", where=field, found=_short(endless[0])
+        )
     try:
         # PEFT's own matching: the pattern is the module's name or its end.
         patterns = [(re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in table.items()]
-    except (re.error, TypeError, ValueError) as error:
+    except (re.error, TypeError, ValueError, OverflowError) as error:
         raise AdapterError("A pattern cannot be read.", where=field, found=error) from error
     if not all(math.isfinite(value) for _, value in patterns):
         raise AdapterError("A pattern's value is not a finite number.", where=field, found=_short(table))
@@ -157,7 +184,7 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[st
 
 def _number(config: Mapping[str, Any], field: str) -> float:
     value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
         raise AdapterError(
             "The adapter's configuration lacks a usable number.",
             where=f"adapter_config.json: {field}",

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.adapter.config import listed
 from tunesmith.adapter.records import Span
 from tunesmith.checkpoint import TensorInfo
 
@@ -63,11 +64,10 @@ def registered_order(parameter: str) -> int:
 
 def targeted_parameters(config: Mapping[str, Any], module: str) -> list[str]:
     """The parameters of a module that ``target_parameters`` names, innermost first."""
-    targets = config.get("target_parameters") or []
     names = {
         target.rpartition(".")[2]
-        for target in targets
-        if isinstance(target, str) and _names(target, module, target.rpartition(".")[2])
+        for target in listed(config, "target_parameters")
+        if _names(target, module, target.rpartition(".")[2])
     }
     return sorted(names, key=registered_order)
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
+import reprlib
+import stat
+from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tunesmith.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+
+_MAX_ELEMENTS = 2**60  # in float64, fewer than 2⁶³ bytes
+_MAX_DIMENSIONS = 32  # NumPy 1's limit, the narrowest
 
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -77,6 +81,43 @@ class Header:
     file_bytes: int
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read it, where it is a regular file or a symlink to one.
+
+    A named pipe would keep the reader waiting for ever, and some devices act when they are opened.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file, in binary mode.
+
+    Raises:
+        CheckpointError: it is absent, unreadable, or no regular file.
+    """
+    source = Path(path)
+    try:
+        if stat.S_ISREG(source.stat().st_mode):
+            file = open(source, "rb", opener=_open_at_once)  # noqa: SIM115 - a Path has no opener
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
+            file.close()
+    except OSError as error:
+        raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
+    except ValueError as error:  # an index may name what no file system can
+        raise CheckpointError("The file's name is not one.", where=repr(str(source)), found=error) from error
+    raise CheckpointError(
+        "The file cannot be read.",
+        where=source,
+        expected="a regular file",
+        found="a directory" if source.is_dir() else "a pipe, a socket or a device",
+    )
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check a safetensors file's header; the data is not read.
 
@@ -90,17 +131,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         CheckpointError: the file cannot be read or breaks the format.
     """
     source = Path(path)
-    try:
-        with source.open("rb") as file:
+    with open_regular(source) as file:
+        try:
             file_bytes = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else -1
             if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 raise _broken(source, "a header length that fits the file", f"{length} in {file_bytes} bytes")
             raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
-    except ValueError as error:  # an index may name what no file system can
-        raise CheckpointError("The file's name is not one.", where=repr(str(source)), found=error) from error
+        except OSError as error:
+            raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
     entries = _parse_object(source, raw)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -113,21 +152,28 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _broken(source: Path, expected: object, found: object) -> CheckpointError:
+    # A hostile value may be as long, or as deep, as the header: only its beginning is told.
+    told = str(found) if isinstance(found, str | int | Exception) else reprlib.repr(found)
     return CheckpointError(
         "This is not a sound safetensors file.",
         where=source,
         expected=expected,
-        found=str(found)[:200],
+        found=told[:200],
         next_step="copy or download the file again: it is truncated, damaged or of another format",
     )
 
 
+def quoted(name: str) -> str:
+    """A name from a file as an error may show it: on one line, printable, and not without end."""
+    return repr(name if len(name) <= 200 else name[:200] + "…")
+
+
 def _parse_object(source: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-        return dict(pairs)
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError(f"duplicate key {quoted(Counter(key for key, _ in pairs).most_common(1)[0][0])}")
+        return table
 
     if not raw.startswith(b"{"):
         raise _broken(source, "a header that starts with '{'", raw[:16])
@@ -149,24 +195,35 @@ def _integer(digits: str) -> int:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def _is_array_shape(shape: list[int]) -> bool:
+    """Whether an array library could hold it; an empty tensor's other sizes could be anything."""
+    elements = 1
+    for size in shape:
+        elements *= size or 1
+        if elements >= _MAX_ELEMENTS:  # at once, for the whole product of a hostile shape takes hours
+            return False
+    return len(shape) <= _MAX_DIMENSIONS
 
 
 def _tensor(source: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(source, f"dtype, shape and data_offsets for {name!r}", entry)
+        raise _broken(source, f"dtype, shape and data_offsets for {quoted(name)}", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _broken(source, f"a known dtype for {name!r}", dtype)
+        raise _broken(source, f"a known dtype for {quoted(name)}", dtype)
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise _broken(source, f"a shape of non-negative integers for {name!r}", shape)
+        raise _broken(source, f"a shape of non-negative integers for {quoted(name)}", shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _broken(source, f"two data_offsets for {name!r}", offsets)
-    if max(accumulate(shape, operator.mul), default=1) * DTYPE_BITS[dtype] >= 2**64:
-        raise _broken(source, f"a shape of fewer than 2⁶⁴ bits for {name!r}", shape)
+        raise _broken(source, f"two data_offsets for {quoted(name)}", offsets)
+    if not _is_array_shape(shape):
+        raise _broken(source, f"a shape that an array can have for {quoted(name)}", shape)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise _broken(source, f"{bits / 8:g} bytes for {name!r} ({dtype} {shape})", f"{offsets[1] - offsets[0]} bytes")
+        expected = f"{bits / 8:g} bytes for {quoted(name)} ({dtype} {reprlib.repr(shape)})"
+        raise _broken(source, expected, f"{offsets[1] - offsets[0]} bytes")
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
@@ -174,7 +231,7 @@ def _check_ranges(source: Path, tensors: list[TensorInfo], data_start: int, file
     position = data_start
     for info in tensors:
         if info.begin != position:
-            raise _broken(source, f"{info.name!r} to begin at byte {position}", f"byte {info.begin}")
+            raise _broken(source, f"{quoted(info.name)} to begin at byte {position}", f"byte {info.begin}")
         position = info.end
     if position != file_bytes:
         raise _broken(source, f"{position} bytes in all", f"{file_bytes} bytes")

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 from tunesmith.checkpoint.embedded import EMBEDDED_NAME, embedded_model
+from tunesmith.checkpoint.hub import hub_model
 from tunesmith.errors import BaseModelError
 from tunesmith.progress import ProgressCallback, no_progress
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+# A revision is a branch, a tag or a commit; the client makes a path of it, so that no part of it may be "..".
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", re.ASCII)
 
 
 def cache_dir() -> Path:
@@ -32,10 +33,11 @@ def locate_base(
     """Find a base model's directory.
 
     Args:
-        name_or_path: ``demo`` for the embedded model, a directory, or a hub id with or without ``@revision``.
+        name_or_path: ``demo`` for the embedded model, a directory, or a hub id: ``org/name``, or ``org/name@revision``
+            with a branch, a tag or a commit.
         relative_to: a further folder that a relative directory may be relative to.
         fetch: whether a model that is not at hand may be made or downloaded.
-        progress: told of the embedded model's preparation.
+        progress: told of the embedded model's preparation, and of what is fetched.
 
     Returns:
         The directory.
@@ -49,7 +51,7 @@ def locate_base(
     if folder is not None:
         return folder
     if _HUB_ID.fullmatch(name_or_path):
-        return _from_hub(name_or_path, fetch=fetch)
+        return hub_model(name_or_path, fetch=fetch, progress=progress)
     raise BaseModelError(
         "The base model is not there.",
         where=name_or_path,
@@ -70,25 +72,3 @@ def _folder(name_or_path: str, relative_to: Path | None) -> Path | None:
     except (OSError, RuntimeError):  # too long a name, or an unknown user's home: no folder
         pass
     return None
-
-
-def _from_hub(name: str, *, fetch: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repo, _, revision = name.partition("@")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    try:
-        try:
-            return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-        except LocalEntryNotFoundError:
-            if offline or not fetch:
-                raise
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises its HTTP library's errors too
-        raise BaseModelError(
-            "The base model is neither a directory here nor in the hub's cache, and could not be fetched.",
-            where=name,
-            found=(str(error).strip() or type(error).__name__).splitlines()[0],
-            next_step=f"hf download {repo}, or pass --base with its directory",
-        ) from error

@@ -8,10 +8,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
 
 _CHUNK_BYTES = 8 << 20
 
@@ -51,8 +56,11 @@ def check_out_dir(out: Path, *, force: bool, inputs: dict[str, Path]) -> None:
         raise OutputError("The target's parent directory cannot be written.", where=parent)
 
 
-def check_free_space(out: Path, needed_bytes: int) -> None:
+def check_free_space(out: Path, needed_bytes: int) -> int:
     """Refuse to begin what cannot end.
+
+    Returns:
+        The bytes that are free.
 
     Raises:
         OutputError: the file system of ``out`` has less than ``needed_bytes`` free.
@@ -67,6 +75,7 @@ def check_free_space(out: Path, needed_bytes: int) -> None:
             found=f"{free / 2**20:,.0f} MiB free",
             next_step="free some space, or choose an --out on another disk",
         )
+    return free
 
 
 @contextmanager
@@ -98,32 +107,208 @@ def staged_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        _remove_empty(made)
         if isinstance(error, OSError):
             raise write_error(error, target) from error
         raise
 
 
-def write_error(error: OSError, where: Path) -> OutputError:
-    """What a failed write means to the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+class Stage:
+    """A directory beside the target in which the new one is made; it outlives what stops the work, and is gone on with.
+
+    Attributes:
+        target: the directory to publish.
+        root: the stage, ``.NAME.partial`` beside the target; whoever works in it holds a lock on it.
+        new: the directory to fill.
+        keep: whether the stage stays when the work ends in an error that is not the system's own.
+    """
+
+    def __init__(self, target: Path, *, force: bool) -> None:
+        self.target, self.force = target, force
+        self.root = stage_of(target)
+        self.new = self.root / "new"
+        self._replaced = self.root / "replaced"
+        self.keep = False
+
+    @property
+    def holds_the_old(self) -> bool:
+        """Whether the directory that is replaced lies aside, with nothing in its place yet."""
+        return self._replaced.exists() and self.new.exists()
+
+    def recover(self) -> None:
+        """Put back what a kill between the two renames of :meth:`publish` left aside.
+
+        Raises:
+            OutputError: somebody has made another directory in its place meanwhile, or the target is not empty.
+        """
+        if self._replaced.is_dir():
+            if self.target.is_dir() and not any(self.target.iterdir()):
+                self.target.rmdir()
+            if not self.target.exists():
+                self._replaced.rename(self.target)
+                _fsync(self.target.parent)
+            elif self.new.exists():
+                raise OutputError(
+                    "An earlier merge stopped while it replaced the target, and another target was made since.",
+                    where=self._replaced,
+                    expected=f"nothing at {self.target}",
+                    next_step="move one of the two away",
+                )
+            else:
+                shutil.rmtree(self._replaced, ignore_errors=True)
+        if not self.force and self.target.is_dir() and any(self.target.iterdir()):
+            raise OutputError("The target directory is not empty.", where=self.target, next_step="pass --force")
+        self.new.mkdir(exist_ok=True)
+
+    def publish(self) -> None:
+        """Move the new directory into place, all of it on the disk; the old one is whole until then.
+
+        Raises:
+            OSError: something failed; the old directory is in its place, and the new one in the stage.
+        """
+        for file in self.new.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(self.new)
+        try:
+            if self.force and self.target.is_dir() and any(self.target.iterdir()):
+                self.target.rename(self._replaced)
+            self.new.rename(self.target)
+        except BaseException:
+            if self._replaced.exists() and not self.target.exists():
+                self._replaced.rename(self.target)
+            raise
+        with suppress(OSError):  # it is in place; to report a failure now would be a lie
+            _fsync(self.target.parent)
+
+
+def stage_of(target: Path) -> Path:
+    """Where the stage of a target is."""
+    return target.parent / f".{target.name}.partial"
+
+
+def done_bytes(out: Path) -> int:
+    """How much disk space an unfinished stage of a target takes, which the same work will not need again."""
+    new = stage_of(out.resolve()) / "new"
+    if not new.is_dir():
+        return 0
+    return sum(min(stat.st_size, stat.st_blocks * 512) for stat in (file.stat() for file in new.iterdir()))
+
+
+@contextmanager
+def resumable_stage(out: Path, *, force: bool = False) -> Iterator[Stage]:
+    """A stage that an earlier, killed work into the same target may have left half filled.
+
+    It is removed at the end, and whenever the work is refused or cancelled.  Where the system fails (a full disk, a
+    broken one) it stays.
+
+    Args:
+        out: the directory to publish.
+        force: replace a non-empty one, which stays whole until the new one is.
+
+    Yields:
+        The stage, locked.
+
+    Raises:
+        OutputError: another process works in it, or the disk is full or cannot be written.
+    """
+    target = out.resolve()
+    made = _make_parents(target.parent)
+    stage = Stage(target, force=force)
+    try:
+        lock = _lock(stage.root)
+    except OSError as error:
+        _remove_empty(made)
+        raise write_error(error, target) from error
+    try:
+        stage.recover()
+        yield stage
+        shutil.rmtree(stage.root, ignore_errors=True)
+    except BaseException as error:
+        if stage.keep or isinstance(error, OSError):
+            if isinstance(error, OSError):
+                raise write_error(error, target, resume=stage.root) from error
+            raise
+        if not stage.holds_the_old:  # what could not be put back is not thrown away
+            shutil.rmtree(stage.root, ignore_errors=True)
+        _remove_empty(made)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(root: Path) -> int:
+    """Lock a directory, made where it is not there; the lock ends with the process, however that ends."""
+    while True:
+        root.mkdir(exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if root.exists() and os.path.samestat(os.fstat(descriptor), root.stat()):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError(
+                "Another process is writing this target.",
+                where=root,
+                next_step="wait for it to end, or choose another --out",
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # whoever held it has finished and removed it: take the new one
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def write_error(error: OSError, where: Path, *, resume: Path | None = None) -> OutputError:
+    """What a failed write means to the user.
+
+    Args:
+        error: the system's own.
+        where: what was to be written.
+        resume: the stage that stays, for the same work to go on from.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "The disk is full" if full else "The target cannot be written"
+    if resume is not None:
         return OutputError(
-            "The disk is full; nothing was left behind.",
+            f"{what}; what was done so far stays in {resume}.",
+            where=where,
+            found=error.strerror or error,
+            next_step=f"{'free some space' if full else 'mend that'} and repeat the same command, which goes on from "
+            f"there; or remove {resume}",
+        )
+    if full:
+        return OutputError(
+            f"{what}; nothing was left behind.",
             where=where,
             found=error.strerror,
             next_step="free some space, or choose a target on another disk",
         )
-    return OutputError("The target cannot be written.", where=where, found=error.strerror or error)
+    return OutputError(f"{what}.", where=where, found=error.strerror or error)
 
 
-def copy_range(source: int, target: int, offset: int, count: int) -> None:
-    """Copy ``count`` bytes at ``offset`` of one open file to the same place of another, in the kernel where it can."""
+def copy_range(source: int, target: int, offset: int, count: int, *, to: int | None = None) -> None:
+    """Copy bytes of one open file to another, in the kernel where it can.
+
+    Args:
+        source: descriptor of the file to read.
+        target: descriptor of the file to write.
+        offset: where the bytes begin in the source.
+        count: how many.
+        to: where they go in the target; None for the same offset.
+    """
+    shift = 0 if to is None else to - offset
     end = offset + count
     while offset < end:
         try:
-            copied = os.copy_file_range(source, target, min(end - offset, 1 << 30), offset, offset)
+            copied = os.copy_file_range(source, target, min(end - offset, 1 << 30), offset, offset + shift)
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (
                 errno.EXDEV,
@@ -133,7 +318,7 @@ def copy_range(source: int, target: int, offset: int, count: int) -> None:
             ):
                 raise
             data = os.pread(source, min(end - offset, _CHUNK_BYTES), offset)
-            copied = write_at(target, data, offset)
+            copied = write_at(target, data, offset + shift)
         if copied == 0:
             raise OSError(errno.EIO, "the source became shorter while it was copied")
         offset += copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,18 +10,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Silence Transformers' log lines below errors and its progress bars; restore both afterwards."""
-    from transformers.utils import logging
+    """Silence log lines below errors, and Transformers' progress bars; restore all afterwards.
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    PEFT imports bitsandbytes where that is installed, which tells of every kernel that it does not find.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    kernels = logging.getLogger("bitsandbytes")
+    kernel_level = kernels.level
+    kernels.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        kernels.setLevel(kernel_level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
