@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import tunesmith as ts
-from tunesmith.adapter import Adapter
+from tunesmith.adapter import LowRank, Stack
 from tunesmith.checkpoint import Checkpoint, locate_base
 
 LEVELS = ("structure", "assets", "weights")
@@ -38,7 +38,9 @@ class Bench:
     def __init__(self, run: str, base: str, root: Path) -> None:
         self.run, self.base, self.root = ts.open_run(run), base, root
         self.base_dir = locate_base(base, relative_to=Path(self.run.path).parent)
-        self.adapter = Adapter(self.run.checkpoints[-1].path)
+        self.stack = Stack([(self.run.checkpoints[-1].path, 1.0)])
+        updates = self.stack.bind(Checkpoint(self.base_dir)).updates
+        self.updates = [update for update in updates if isinstance(update, LowRank)]
         self.merged = root / "tunesmith"
         ts.merge(ts.plan_merge(self.run, self.merged, base=base))
 
@@ -70,10 +72,10 @@ class Bench:
 
     def scaled(self, out: Path, factor: float) -> None:
         """Every update times a factor, rounded to nearest."""
-        factors = load_file(self.adapter.header.path)
+        factors = load_file(self.stack.adapters[0].header.path)
         for file in Checkpoint(self.base_dir).shards:
             tensors = load_file(self.base_dir / file)
-            for update in self.adapter.updates:
+            for update in self.updates:
                 if update.name in tensors:
                     delta = update.scaling * factors[update.lora_B].double() @ factors[update.lora_A].double()
                     before = tensors[update.name]
@@ -112,8 +114,10 @@ def change_template(out: Path) -> None:
 
 def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
     """What to do to a copy of the sound merge, by name."""
-    touched = bench.adapter.updates[len(bench.adapter.updates) // 2].name
-    untouched = next(name for name in Checkpoint(bench.base_dir).tensors if name not in _names(bench.adapter))
+    touched = bench.updates[len(bench.updates) // 2].name
+    untouched = next(
+        name for name in Checkpoint(bench.base_dir).tensors if name not in {update.name for update in bench.updates}
+    )
     base = bench.base_dir
     shards = list(Checkpoint(base).shards)
     other = bench.run.checkpoints[0].name
@@ -140,10 +144,6 @@ def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
         ("sign bit flipped, adapted tensor", flipped(touched, 15)),
         ("lowest bit flipped, untouched tensor", flipped(untouched, 0)),
     ]
-
-
-def _names(adapter: Adapter) -> set[str]:
-    return {update.name for update in adapter.updates}
 
 
 def main() -> None:

@@ -6,13 +6,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.sabotage.workshop import Workshop, check, make_workshop, tunesmith_merge
 from tunesmith.checkpoint import Array, Float64
-from tunesmith.merge import tiles, write
+from tunesmith.merge import tiles, work
 from tunesmith.verify import records
 
 VERIFY = Path(records.__file__).parent
@@ -52,12 +53,12 @@ def test_importing_verify_does_not_bring_merge_in() -> None:
 
 def test_a_wrong_scaling_in_merge_is_noticed(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake that a shared helper would hide."""
-    right = tiles.merge_tile
+    right = work._delta
 
-    def wrong(stored: Array, dtype: str, a: Float64, b: Float64, scaling: float) -> tuple[Array, tiles.TileSums]:
-        return right(stored, dtype, a, b, scaling / 2)
+    def wrong(*args: Any, **kwargs: Any) -> Float64:
+        return right(*args, **kwargs) / 2
 
-    monkeypatch.setattr(write, "merge_tile", wrong)
+    monkeypatch.setattr(work, "_delta", wrong)
     verdict = check(shop.run, tunesmith_merge(shop.run, shop.base, tmp_path / "merged"), shop.base)
     assert verdict.answer == "different"
     assert verdict.causes[0].code == "cause_scaled"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, describe
 from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, weights_sha256, write_error
+from tunesmith.checkpoint.views import VIEW_KINDS, BaseView
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
@@ -289,19 +290,28 @@ def verify(
     *,
     base: str | None = None,
     checkpoint: str | int = FINAL,
+    adapters: Sequence[tuple[Run | StrPath, float]] = (),
+    weight: float = 1.0,
+    base_is_residual: bool = False,
+    base_view: str | None = None,
     levels: Sequence[str] | None = None,
     prompts: Prompts | None = None,
     dtype: str = "fp32",
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Verdict:
-    """Prove that a merged model is its base plus its adapter, or say why it is not.
+    """Prove that a merged model is its base plus its adapter, or its adapters, or say why it is not.
 
     Args:
         run: a run, or its directory.
         merged: the merged model's directory, by whatever tool, or what :func:`merge` returned.
         base: the base model; None for the one that the adapter names.
-        checkpoint: ``final``, ``checkpoint-N`` or ``N``.
+        checkpoint: ``final``, ``checkpoint-N`` or ``N``; of ``run``.
+        adapters: further runs, each with its weight, whose final adapters were summed with the first.
+        weight: what the first adapter's update was multiplied by.
+        base_is_residual: the base is what an initialisation such as PiSSA's left of it.
+        base_view: the merge started from the base as QLoRA training saw it: ``nf4``, ``nf4-double`` or ``int8``; None
+            for as it is stored.
         levels: of ``structure``, ``assets``, ``weights``, ``behaviour``; None for all.
         prompts: for the behaviour level; None for the run's held-out rows, or a built-in set.
         dtype: of the behaviour level's arithmetic.  The measured dtype of the other verbs is not the default here:
@@ -339,12 +349,23 @@ def verify(
         base_dir=base_dir,
         base_model=base_name,
         checkpoint=checkpoint,
+        weight=weight,
+        adapters=[(checkpoint_of(as_run(other), FINAL).path, share) for other, share in adapters],
+        base_is_residual=base_is_residual,
+        base_view=None if base_view is None else _view(base_view),
         levels=levels,
         prompts=rows,
         **({"dtype": compute.dtype, "device": compute.device} if compute else {}),
         progress=progress,
         cancellation=cancellation,
     )
+
+
+def _view(kind: str) -> BaseView:
+    try:
+        return BaseView(kind)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise DataError("There is no such view of a base.", expected=", ".join(VIEW_KINDS), found=kind) from error
 
 
 class Report(Record):

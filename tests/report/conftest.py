@@ -8,10 +8,10 @@ from typing import TypedDict
 
 import pytest
 
-from tunesmith.adapter.records import AdapterFacts, LowRank, ModuleFacts
+from tunesmith.adapter.records import AdapterFacts, Binding, LowRank, ModuleFacts
 from tunesmith.compare import Comparison, Reply, Score, VariantInfo
 from tunesmith.conversations import Conversation, Message
-from tunesmith.merge.records import Asset, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
+from tunesmith.merge.records import Asset, Ingredient, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
 from tunesmith.record import Finding
 from tunesmith.runs import LogRow, Run, RunCheckpoint, RunFile
 from tunesmith.verify import BehaviourRow, Level, TensorVerdict, Verdict
@@ -317,15 +317,14 @@ def merged(run: Run) -> Merged:
         for name, module in zip(names, MODULES, strict=True)
     )
     plan = MergePlan(
-        run=run.path,
-        checkpoint="final",
-        adapter=run.path,
+        adapters=(Ingredient(run=run.path, checkpoint="final", adapter=run.path),),
         base_model=BASE,
         base=f"/models/{BASE}",
         out="/data/save/SmolLM2-135M-Security",
         dtype="BF16",
         rounding="nearest",
-        shards=(ShardPlan(filename="model.safetensors", size_bytes=269_060_552, tensors=272, updates=updates),),
+        binding=Binding(updates=updates),
+        shards=(ShardPlan(filename="model.safetensors", size_bytes=269_060_552, tensors=272, changed=tuple(names)),),
         assets=(
             Asset(filename="tokenizer.json", source=f"{run.path}/tokenizer.json", origin="run"),
             Asset(filename="chat_template.jinja", source=f"{run.path}/chat_template.jinja", origin="run"),

@@ -17,7 +17,6 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny_models import SPECIAL, TEMPLATE
-from tunesmith.adapter import Adapter
 from tunesmith.merge import merge, plan_merge
 from tunesmith.models.quiet import quiet_loading
 from tunesmith.runs import open_run
@@ -188,13 +187,16 @@ def flip_bit(directory: Path, name: str, index: int, bit: int) -> None:
 
 
 def deltas(run: Path, *, checkpoint: str = "") -> Tensors:
-    """s·B·A of every adapted tensor, float64, formed without a line of Tunesmith's arithmetic."""
+    """s·B·A of every adapted tensor, float64, formed without a line of Tunesmith's."""
     config = json.loads((run / checkpoint / "adapter_config.json").read_text())
     factors = load_file(run / checkpoint / "adapter_model.safetensors")
     scaling = config["lora_alpha"] / config["r"]
     return {
-        update.name: scaling * factors[update.lora_B].double() @ factors[update.lora_A].double()
-        for update in Adapter(run / checkpoint).updates
+        key.removeprefix("base_model.model.").replace("lora_A.", ""): scaling
+        * factors[key.replace("lora_A", "lora_B")].double()
+        @ factors[key].double()
+        for key in factors
+        if "lora_A" in key
     }
 
 

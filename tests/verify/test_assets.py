@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from tests.tiny_models import SPECIAL, TinyRun, edit_json
+from tunesmith.record import Finding
 from tunesmith.verify.assets import chat_template, check_assets
 
 GOOD = {"config_same", "tokenizer_same", "chat_template_same", "generation_config_same"}
@@ -277,3 +278,65 @@ def test_the_adapters_own_decoding_settings_go_before_the_bases(pair: tuple[Path
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     assert "generation_config_differs" in problems(*pair)
     assert problems(*pair, generation_from=run) == {}
+
+
+def adapted(ours: Path, theirs: Path, changes: dict[str, object]) -> dict[str, Finding]:
+    """The findings on the configuration, by code."""
+    findings = check_assets(ours, theirs, None, config_changes=changes)
+    return {finding.code: finding for finding in findings if finding.code.startswith(("config", "head"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        ({"vocab_size": 300}, {"vocab_size": 300}),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ({"num_hidden_layers": 3}, {"num_hidden_layers": 3}),
+        ({"architectures": ("LlamaForTokenClassification",)}, {"architectures": ["LlamaForTokenClassification"]}),
+        ({"num_labels": 3}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}),
+        (
+            {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}},
+            {"id2label": {"0": "no", "1": "yes"}},
+        ),
+    ],
+    ids=["vocabulary", "untied", "layers", "class", "labels", "named-labels"],
+)
+def test_what_the_adapter_changes_in_the_configuration_must_be_changed(
+    changes: dict[str, object], written: dict[str, object], pair: tuple[Path, Path]
+) -> None:
+    """With the change it is right and said to be; without it, or with one more, it is not."""
+    assert {finding.severity for finding in adapted(*pair, changes).values()} == {"error"}
+    edit_json(pair[0] / "config.json", **written)
+    findings = adapted(*pair, changes)
+    assert findings["config_adapted"].severity == "info"
+    assert findings["config_adapted"].params["fields"] == ", ".join(sorted(changes))
+    assert {finding.severity for finding in adapted(*pair, {}).values()} == {"error"}
+    edit_json(pair[0] / "config.json", rms_norm_eps=1e-3)
+    assert adapted(*pair, changes)["config_differs"].params["field"] == "rms_norm_eps"
+
+
+def test_a_setting_of_a_section_is_changed_in_that_section(pair: tuple[Path, Path]) -> None:
+    """By dotted key; a difference within a section is named by its key, not by the whole section."""
+    for folder in pair:
+        edit_json(folder / "config.json", text_config={"vocab_size": 259, "hidden_size": 64})
+    changes = {"text_config.vocab_size": 300}
+    finding = adapted(*pair, changes)["config_differs"]
+    assert dict(finding.params) == {"field": "text_config.vocab_size", "expected": "300", "found": "259"}
+    edit_json(pair[0] / "config.json", text_config={"vocab_size": 300, "hidden_size": 64})
+    assert "config_adapted" in adapted(*pair, changes)
+
+
+def test_a_head_that_is_untied_and_still_declared_tied_has_a_code_of_its_own(pair: tuple[Path, Path]) -> None:
+    """A loader would not read the head that is there; a copy of the embedding excuses nothing then."""
+    findings = check_assets(*pair, None, head_written_out=True, config_changes={"tie_word_embeddings": False})
+    assert "head_declared_tied" in [finding.code for finding in findings if finding.severity == "error"]
+
+
+def test_label_names_that_contradict_each_other_are_a_difference(pair: tuple[Path, Path]) -> None:
+    """Both directions are read, by different loaders."""
+    names = {"0": "no", "1": "yes"}
+    edit_json(pair[1] / "config.json", id2label=names, label2id={"no": 0, "yes": 1})
+    edit_json(pair[0] / "config.json", id2label=names)
+    assert problems(*pair) == {}
+    edit_json(pair[0] / "config.json", id2label=names, label2id={"no": 1, "yes": 0})
+    assert "config_differs" in problems(*pair)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tunesmith.checkpoint import Array, Float64, as_float64
+from tunesmith.verify.expected import low_rank_rows
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.weights import Tally, classify, low_rank_rows, strays, with_neighbours
+from tunesmith.verify.rounding import to_dtype, with_neighbours
+from tunesmith.verify.weights import Tally, classify, strays
 
 DTYPES = ("BF16", "F16", "F32")
 PATTERN = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -174,6 +176,19 @@ def test_the_step_below_a_power_of_two_is_the_smaller_one() -> None:
     """1.0 has half the step below that it has above; an x that is nearer to the value below is not 1.0's."""
     x_below = -0.8 * 2.0**-8  # in steps of 2^-8 below 1: nearer to the neighbour
     assert classes(np.array([0x3F80]), "BF16", np.ones(1), np.array([x_below])) == ["faithful"]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_a_cast_goes_to_the_nearest_value_and_halfway_to_the_even_one(dtype: str) -> None:
+    """As every library casts: a float32 base has thousands of numbers that lie halfway."""
+    patterns = np.arange(0x3800, 0x3900, dtype=np.uint16)
+    line = as_float64(stored(patterns, dtype), dtype)
+    middle = (line[1:] + line[:-1]) / 2
+    even = np.where(patterns[1:] % 2 == 0, line[1:], line[:-1])
+    for sign in (1, -1):
+        assert (to_dtype(sign * middle, dtype) == sign * even).all()
+        assert (to_dtype(sign * middle * (1 + 2.0**-20), dtype) == sign * line[1:]).all()
+        assert (to_dtype(sign * middle * (1 - 2.0**-20), dtype) == sign * line[:-1]).all()
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

@@ -185,29 +185,6 @@ class Adapter:
                     self._kept.popitem(last=False)
         return kept
 
-    # --- transition: removed once merge and verify are on Stack
-    @property
-    def updates(self):  # type: ignore[no-untyped-def]
-        from tunesmith.adapter.records import LowRank
-
-        return tuple(
-            LowRank(
-                name=f"{a.module}.weight", module=a.module, r=a.r, scaling=a.scaling, lora_A=a.lora_A, lora_B=a.lora_B
-            )
-            for a in self.adapted
-        )
-
-    def bind(self, base):  # type: ignore[no-untyped-def]
-        from tunesmith.adapter.stack import Stack
-
-        return Stack([(self.path, 1.0)]).bind(base).updates
-
-    def factors(self, update):  # type: ignore[no-untyped-def]
-        a, b = self.finite(update.lora_A), self.finite(update.lora_B)
-        return (b.T, a.T) if update.transposed else (a, b)
-
-    # --- end of transition
-
     def _read_tensors(self) -> None:
         keys, strange = parse_keys(self.header.tensors, where=self.header.path)
         self.refusals += [f"{name}: {_strange(name)}" for name in strange]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.adapter.bind import Binder, Bound, layer_of, replicated_layers
+from tunesmith.adapter.heads import HEADED_TASKS, LABELLED_TASKS, label_names, tuned_class
 from tunesmith.adapter.load import Adapter
 from tunesmith.adapter.places import Places
 from tunesmith.adapter.records import (
@@ -24,17 +25,12 @@ from tunesmith.adapter.records import (
 from tunesmith.adapter.ties import Ties
 from tunesmith.checkpoint import Array, Checkpoint, Float64, Header, TensorInfo, read_rows
 from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
-from tunesmith.record import Finding
+from tunesmith.record import Finding, Value
 
 WholeTensor = Added | Magnitude | Replaced | Rows
 
 _SHOWN = 8
-_HEADED = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
-_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|out_proj|qa_outputs)\.weight$")
 
 
 class Stack:
@@ -154,7 +150,7 @@ class _Union:
         shapes = self._shapes()
         self._check_shapes(shapes)
         self._vocabulary(shapes)
-        self._task(shapes)
+        self._task()
         if self.refusals:
             raise UnsupportedAdapterError(
                 "This adapter holds what this version cannot merge truly, so it is refused rather than merged in part.",
@@ -289,32 +285,26 @@ class _Union:
                 Finding(code="vocabulary_resized", severity="info", params={"before": before, "after": size})
             )
 
-    def _task(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _task(self) -> None:
         """A head that the base lacks: the tuned model is of another class."""
-        tasks = {str(adapter.config.get("task_type")) for adapter in self.stack.adapters} & _HEADED.keys()
-        if not tasks:
+        task = next(
+            (task for adapter in self.stack.adapters if (task := adapter.config.get("task_type")) in HEADED_TASKS), None
+        )
+        if task is None:
             return
-        task = tasks.pop()
-        names = self.places.base.config.get("architectures")
-        architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-        tuned = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture) + _HEADED[task]
-        if architecture and tuned != architecture:
-            self.config["architectures"] = (tuned,)
+        config = self.places.base.config
+        names = config.get("architectures")
+        before = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+        after = tuned_class(before, config.get("model_type"), task)
+        if before and after != before:
+            self.config["architectures"] = (after,)
+            params: dict[str, Value] = {"before": before, "after": after}
+            self.findings.append(Finding(code="architecture_changed", severity="info", params=params))
             if self.places.head and self.places.head not in {update.name for update in self.updates}:
                 self.dropped.append(self.places.head)
-        saved = [update for update in self.updates if isinstance(update, Replaced)]
-        outputs = [
-            shapes.get(update.name) or self.stack.info(update).shape for update in saved if _is_classifier(update)
-        ]
-        if task in _LABELLED and outputs:
-            self._labels(outputs[0][0])
-
-    def _labels(self, count: int) -> None:
-        known = self.places.base.config.get("id2label")
-        if isinstance(known, dict) and len(known) == count:
-            return
-        self.config["id2label"] = {str(label): f"LABEL_{label}" for label in range(count)}
-        self.config["label2id"] = {f"LABEL_{label}": label for label in range(count)}
+        heads = [update for update in self.updates if isinstance(update, Replaced) and _CLASSIFIER.search(update.name)]
+        if task in LABELLED_TASKS and heads:
+            self.config |= label_names(self.stack.info(heads[0]).shape[0], config.get("id2label"))
 
 
 def check_base_form(base: Checkpoint) -> None:
@@ -332,10 +322,6 @@ def check_base_form(base: Checkpoint) -> None:
             next_step="pass --base with the full-precision model; for an adapter that was trained on a 4-bit base, "
             "add --base-view nf4",
         )
-
-
-def _is_classifier(update: Replaced) -> bool:
-    return bool(re.search(r"(^|\.)(score|classifier|out_proj|qa_outputs)\.weight$", update.name))
 
 
 def _some(problems: Sequence[str]) -> list[str]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, CheckpointOption, JsonOption, RunArgument
+from tunesmith.cli.options import (
+    AdaptersOption,
+    BaseIsResidualOption,
+    BaseOption,
+    BaseViewOption,
+    CheckpointOption,
+    JsonOption,
+    RunArgument,
+    weighted_run,
+)
 from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -20,6 +29,21 @@ def merge(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")],
     base: BaseOption = None,
     checkpoint: CheckpointOption = "final",
+    adapters: AdaptersOption = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="Store as auto (each tensor as in the base), bf16, fp16 or fp32."
+        ),
+    ] = "auto",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="Split the weights into files of at most this, such as 5GB or 500MB."
+        ),
+    ] = None,
+    base_is_residual: BaseIsResidualOption = False,
+    base_view: BaseViewOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out where it is not empty.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     record: Annotated[
@@ -29,12 +53,29 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: summed in float64, rounded once, whole or not at all.
 
+    RUN:WEIGHT multiplies the update; --adapter adds further ones to the same merge. A merge that was killed or ran out
+    of space goes on where it was when the same command is given again.
+
     Example: tunesmith merge out/security --out out/security-merged
     """
     if record is not None:
         ts.output_file(record, suffixes=(".json",))
+    first, weight = weighted_run(run)
     with progress_bar() as progress:
-        plan = ts.plan_merge(run, out, base=base, checkpoint=checkpoint, force=force, progress=progress)
+        plan = ts.plan_merge(
+            first,
+            out,
+            base=base,
+            checkpoint=checkpoint,
+            adapters=[weighted_run(adapter) for adapter in adapters or ()],
+            weight=weight,
+            dtype=dtype,
+            shard_size=shard_size,
+            base_is_residual=base_is_residual,
+            base_view=base_view,
+            force=force,
+            progress=progress,
+        )
         merged = None if dry_run else ts.merge(plan, progress=progress)
     if merged is not None and record is not None:
         merged.write(record)
@@ -44,22 +85,45 @@ def merge(
     screen = console()
     _plan(screen, plan)
     if merged is None:
+        _cost(screen, plan)
         screen.say("Nothing was written (--dry-run).")
         return
-    screen.say(
-        f"Merged in {merged.seconds:.1f} s. Rounding to {plan.dtype} left {merged.share_unchanged:.0%} of the adapted "
-        f"weights as they were and kept {merged.gain:.1%} of the update."
-    )
-    same = [*(("--base", base) if base else ()), *(("--checkpoint", checkpoint) if checkpoint != "final" else ())]
+    _result(screen, merged)
+    same = [
+        *(("--base", base) if base else ()),
+        *(("--checkpoint", checkpoint) if checkpoint != "final" else ()),
+        *(word for adapter in adapters or () for word in ("--adapter", adapter)),
+        *(("--base-is-residual",) if base_is_residual else ()),
+        *(("--base-view", base_view) if base_view else ()),
+    ]
     screen.say(f"Next: {command('verify', run, out, *same)}", style="dim")
 
 
 def _plan(screen: Screen, plan: ts.MergePlan) -> None:
-    changed = sum(len(shard.updates) for shard in plan.shards)
-    tensors = sum(shard.tensors for shard in plan.shards)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards)} shards"
-    screen.say(f"{plan.checkpoint} of {plan.run}")
+    for one in plan.adapters:
+        screen.say(f"{one.checkpoint} of {one.run}" + (f", times {one.weight:g}" if one.weight != 1 else ""))
     screen.say(f"into {plan.base_model} -> {plan.out}")
-    screen.say(f"{changed} of {tensors} tensors change, {shards}, {human_bytes(plan.write_bytes)} to write")
+    screen.say(f"{plan.changed} of {plan.tensors} tensors change, {shards}, {human_bytes(plan.write_bytes)} to write")
     for finding in plan.warnings:
+        screen.say(f"{'note' if finding.severity == 'info' else finding.severity}: {ts.finding_text(finding)}")
+
+
+def _cost(screen: Screen, plan: ts.MergePlan) -> None:
+    free = human_bytes(plan.free_bytes) if plan.free_bytes is not None else "unknown"
+    screen.say(f"disk: {human_bytes(plan.write_bytes)} needed, {free} free")
+    screen.say(f"memory: about {human_bytes(plan.memory_bytes)} for each unit of work")
+    screen.say(f"time: about {plan.seconds:.0f} s on two cores, where the disk keeps up")
+
+
+def _result(screen: Screen, merged: ts.Merged) -> None:
+    if merged.resumed_bytes:
+        screen.say(
+            f"An earlier merge had written {human_bytes(merged.resumed_bytes)} of it; that was checked and kept."
+        )
+    screen.say(
+        f"Merged in {merged.seconds:.1f} s. Rounding to {merged.plan.dtype} left {merged.share_unchanged:.0%} of the "
+        f"adapted weights as they were and kept {merged.gain:.1%} of the update."
+    )
+    for finding in merged.findings:
         screen.say(f"warning: {ts.finding_text(finding)}")

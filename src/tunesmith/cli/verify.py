@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, CheckpointOption, JsonOption, RunArgument
+from tunesmith.cli.options import (
+    AdaptersOption,
+    BaseIsResidualOption,
+    BaseOption,
+    BaseViewOption,
+    CheckpointOption,
+    JsonOption,
+    RunArgument,
+    weighted_run,
+)
 from tunesmith.cli.output import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -24,6 +33,9 @@ def verify(
     merged: Annotated[Path, typer.Argument(metavar="DIR", help="The merged model, by whatever tool.")],
     base: BaseOption = None,
     checkpoint: CheckpointOption = "final",
+    adapters: AdaptersOption = None,
+    base_is_residual: BaseIsResidualOption = False,
+    base_view: BaseViewOption = None,
     level: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,13 +56,27 @@ def verify(
 ) -> None:
     """Prove that a merged model is its base plus the adapter, or say why it is not (exit 3).
 
+    A merge of several adapters is proved with the same RUN:WEIGHT and --adapter that it was made with.
+
     Example: tunesmith verify out/security out/security-merged
     """
     if out is not None:
         ts.output_file(out, suffixes=(".json",))
+    run, weight = weighted_run(run)
     with progress_bar() as progress:
         verdict = ts.verify(
-            run, merged, base=base, checkpoint=checkpoint, prompts=prompts, dtype=dtype, progress=progress, levels=level
+            run,
+            merged,
+            base=base,
+            checkpoint=checkpoint,
+            adapters=[weighted_run(adapter) for adapter in adapters or ()],
+            weight=weight,
+            base_is_residual=base_is_residual,
+            base_view=base_view,
+            prompts=prompts,
+            dtype=dtype,
+            progress=progress,
+            levels=level,
         )
     if out is not None:
         verdict.write(out)

@@ -391,7 +391,7 @@ def merge_view(merged: Merged) -> MergeView:
     """What the merge did, and what of the update arrived."""
     plan = merged.plan
     rounding = f"merge.rounding.{plan.rounding}"
-    updated, total = sum(len(shard.updates) for shard in plan.shards), sum(shard.tensors for shard in plan.shards)
+    updated, total = plan.changed, plan.tensors
     facts = (
         Fact("merge.out", plan.out, verbatim=True),
         Fact("merge.base", plan.base_model, verbatim=True),

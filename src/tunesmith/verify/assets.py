@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ _NOISE = {
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space")
 _GENERATION = "generation_config.json"
+_TIED = "tie_word_embeddings"
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog, 3.14159 times; isn't it?",
@@ -47,6 +52,7 @@ def check_assets(
     *,
     generation_from: Path | None = None,
     head_written_out: bool = False,
+    config_changes: Mapping[str, object] | None = None,
 ) -> list[Finding]:
     """Hold everything but the weights against where it should have come from.
 
@@ -56,11 +62,15 @@ def check_assets(
         tokenizer_from: the directory whose tokenizer belongs to the adapter; None where there is none.
         generation_from: the adapter's directory, whose ``generation_config.json`` goes before the base's.
         head_written_out: a tied head is there as a copy, so that it does not matter whether it is declared tied.
+        config_changes: what the adapters change in ``config.json``, by dotted key; this, and nothing else, must differ
+            from the base's.
 
     Returns:
         What was looked at and seen.
     """
-    findings = _check_config(merged_dir, base_dir, immaterial={"tie_word_embeddings"} if head_written_out else set())
+    changes = dict(config_changes or {})
+    immaterial = {_TIED} if head_written_out and _TIED not in changes else set()
+    findings = _check_config(merged_dir, base_dir, changes, immaterial=immaterial)
     if tokenizer_from is not None:
         findings += _check_tokenizer(merged_dir, tokenizer_from)
         findings += _check_special_tokens(merged_dir, tokenizer_from)
@@ -69,17 +79,20 @@ def check_assets(
     return findings + _check_generation(merged_dir, generation_from if own and generation_from else base_dir)
 
 
-def _check_config(merged_dir: Path, base_dir: Path, *, immaterial: set[str]) -> list[Finding]:
+def _check_config(
+    merged_dir: Path, base_dir: Path, changes: Mapping[str, object], *, immaterial: set[str]
+) -> list[Finding]:
     try:
-        ours, theirs = read_json_object(merged_dir / "config.json"), read_json_object(base_dir / "config.json")
+        ours, base = read_json_object(merged_dir / "config.json"), read_json_object(base_dir / "config.json")
     except CheckpointError as error:
         return [Finding(code="config_unreadable", severity="error", params={"what": error.what})]
-    architectures = ours.get("architectures"), theirs.get("architectures")
-    ours, theirs = _meaning(ours), _meaning(theirs)
+    wanted = _changed(base, changes)
+    architectures = ours.get("architectures"), wanted.get("architectures")
+    ours, theirs = _flat(_meaning(ours)), _flat(_meaning(wanted))
     differing = [key for key in _differing(ours, theirs) if key not in immaterial]
     # A later version writes out what an earlier one left to its defaults: ask a loader what is absent on one side.
     if any(key not in ours or key not in theirs for key in differing):
-        loaded = _loaded_config(merged_dir), _loaded_config(base_dir)
+        loaded = _loaded_config(merged_dir), _loaded_config(base_dir, wanted if changes else None)
         if loaded[0] and loaded[1]:
             still = {*_differing(*loaded), "rope_parameters"}  # left over only where the two spellings disagree
             differing = [key for key in differing if (key in ours and key in theirs) or key in still]
@@ -88,37 +101,93 @@ def _check_config(merged_dir: Path, base_dir: Path, *, immaterial: set[str]) -> 
         differing = ["architectures", *differing]
     findings = [
         Finding(
-            code="config_differs",
+            code="head_declared_tied" if key.endswith(_TIED) and key in changes else "config_differs",
             severity="error",
             params={"field": key, "expected": _short(theirs.get(key)), "found": _short(ours.get(key))},
         )
         for key in differing
     ]
-    return findings or [Finding(code="config_same", severity="ok", params={"fields": len(theirs)})]
+    if not findings and changes:
+        fields = ", ".join(sorted(changes))
+        findings = [Finding(code="config_adapted", severity="info", params={"fields": fields})]
+    same = Finding(code="config_same", severity="ok", params={"fields": len(theirs)})
+    return findings if any(finding.severity == "error" for finding in findings) else [same, *findings]
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[str, object]) -> dict[str, Any]:
+    """A configuration with what the adapters change in it, by dotted key."""
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    for dotted, value in changes.items():
+        section, (*path, key) = result, dotted.split(".")
+        for part in path:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[key] = json.loads(json.dumps(value))  # as a file would hold it: tuples are lists, keys are texts
+    return result
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
 
 
-def _loaded_config(folder: Path) -> dict[str, Any]:
-    """What Transformers makes of a configuration, its defaults filled in; empty where it knows no such model."""
+def _loaded_config(folder: Path, document: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What Transformers makes of a configuration, its defaults filled in; empty where it knows no such model.
+
+    Args:
+        folder: the directory that holds it.
+        document: another configuration in its place.
+    """
     from transformers import AutoConfig
 
-    try:
-        return _meaning(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict())
-    except Exception:  # noqa: BLE001 - whatever it is, a loader has nothing to say
-        return {}
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            shutil.copy(folder / "config.json", place)
+            if document is not None:
+                (Path(place) / "config.json").write_text(json.dumps(document), encoding="utf-8")
+            loaded = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+            return _flat(_meaning(loaded.to_dict()))
+        except Exception:  # noqa: BLE001 - whatever it is, a loader has nothing to say
+            return {}
 
 
 def _meaning(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, at every depth, without what changes nothing and with one spelling for RoPE."""
+    """A configuration, at every depth, without what changes nothing and with one spelling for RoPE and labels."""
     plain = {
         key: _meaning(value) if isinstance(value, dict) and not key.startswith("rope_") else value
         for key, value in config.items()
         if key not in _NOISE
     }
-    return _plain_rope(plain)
+    return _plain_labels(_plain_rope(plain))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections of a configuration by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        section = isinstance(value, dict) and key.endswith("_config")
+        flat |= _flat(value, f"{prefix}{key}.") if section else {f"{prefix}{key}": value}
+    return flat
+
+
+def _plain_labels(config: dict[str, Any]) -> dict[str, Any]:
+    """One spelling for labels: their number, or the names both ways, of which some files hold one and some the other.
+
+    Two labels without names are every model's default.
+    """
+    plain = dict(config)
+    names, back, count = plain.pop("id2label", None), plain.pop("label2id", None), plain.pop("num_labels", None)
+    if isinstance(names, dict):
+        given = {str(label): str(name) for label, name in names.items()}
+    elif isinstance(back, dict):
+        given = {str(label): str(name) for name, label in back.items()}
+    else:
+        given = {str(label): f"LABEL_{label}" for label in range(count if isinstance(count, int) else 2)}
+    if given != {"0": "LABEL_0", "1": "LABEL_1"}:
+        plain["id2label"] = given
+    if isinstance(back, dict) and {str(label): str(name) for name, label in back.items()} != given:
+        plain["label2id"] = back
+    return plain
 
 
 def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:

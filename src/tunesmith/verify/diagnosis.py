@@ -2,9 +2,10 @@
 
 An answer to "what if" is taken where it makes nearly all that was outside vanish and makes no more numbers inexact.
 It is asked of the first tiles with something outside in a few of the bad tensors, so its price does not grow with the
-model.  The questions, in order: was nothing added; is it another checkpoint's update; is it this one's times a factor;
-are these the values, or the update, of another tensor; was the update transposed; did all go through fp16; and, where
-nothing explains it: is it one number, one tensor, the update, or the base?
+model.  The questions, in order: was nothing added, or nothing put in; was a head that is untied written as one with its
+embedding; is it another checkpoint's update; was a trained magnitude left out, or were trained rows; is it this update
+times a factor; are these the values, or the update, of another tensor; was the update transposed; did all go through
+fp16; and, where nothing explains it: is it one number, one tensor, the update, or the base?
 """
 
 from __future__ import annotations
@@ -15,22 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunesmith.adapter import Adapter, LowRank
-from tunesmith.checkpoint import Array, Checkpoint, Float64, as_float64
+from tunesmith.adapter import Copied, LowRank, Magnitude, Rows, Update
+from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint, Float64, as_float64
 from tunesmith.errors import TunesmithError
 from tunesmith.record import Finding, Value
+from tunesmith.verify.expected import Expectation, Expected, Matrix
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.weights import (
-    FEW_ELEMENTS,
-    Tally,
-    classify,
-    low_rank_rows,
-    row_tiles,
-    strays,
-    with_neighbours,
-)
+from tunesmith.verify.rounding import with_neighbours
+from tunesmith.verify.structure import embeddings_of, is_copy, is_head, unties
+from tunesmith.verify.weights import FEW_ELEMENTS, Tally, classify, matrix_of, strays, tally_rows
 
 _ASKED_TENSORS = 6
+_ASKED_NAMES = 256  # of a mixture of experts' thousands of one shape
 _EXPLAINS = 0.02  # a hypothesis is taken where it leaves at most this share of what was outside
 _SAME_FACTOR = 0.01  # a measured factor this close to a known mistake's is tried as that
 _HALF_STEP = 2.0**-24  # the spacing of fp16 below its normal numbers
@@ -40,6 +37,8 @@ _CAUSE_OF = {
     "structure_broken": "cause_unreadable",
     "tensors_missing": "cause_tensors_missing",
     "tensors_extra": "cause_tensors_extra",
+    "tied_head_missing": "cause_tied_head",
+    "head_declared_tied": "cause_tied_head",
     "shape_differs": "cause_shape",
     "dtype_unknown": "cause_structure",
     "base_changed": "cause_base_changed",
@@ -61,16 +60,40 @@ class Evidence:
     """Rows of one tensor that hold something outside.
 
     Attributes:
-        name: the tensor.
-        update: what should have been added to it.
+        expected: what the tensor should be.
+        stored: what it is.
         rows: from and up to.
-        tally: how they stand against base + adapter.
+        tally: how the one stands against the other.
     """
 
-    name: str
-    update: LowRank | None
+    expected: Expected
+    stored: Matrix
     rows: tuple[int, int]
     tally: Tally
+
+    @property
+    def name(self) -> str:
+        """The tensor."""
+        return self.expected.name
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """What should have been made of it."""
+        return self.expected.updates
+
+    @property
+    def low_rank_only(self) -> bool:
+        """Whether it is the base's own tensor plus low-rank updates, and nothing else."""
+        return bool(self.updates) and all(isinstance(update, LowRank) for update in self.updates)
+
+    def explained_by(self, other: Expected) -> bool:
+        """Whether the rows are those that another expectation has there."""
+        if (other.rows, other.columns) != (self.expected.rows, self.expected.columns):
+            return False
+        try:
+            return _better(tally_rows(self.stored, other, *self.rows), self.tally)
+        except (TunesmithError, ValueError):  # another adapter may have other shapes, or be damaged
+            return False
 
 
 def diagnose_findings(findings: Iterable[Finding]) -> list[Finding]:
@@ -88,35 +111,86 @@ def diagnose_findings(findings: Iterable[Finding]) -> list[Finding]:
 def diagnose_weights(
     tensors: Sequence[TensorVerdict],
     merged: Checkpoint,
-    base: Checkpoint,
-    adapter: Adapter,
-    others: Sequence[tuple[str, Adapter]],
+    expectation: Expectation,
+    others: Sequence[tuple[str, Expectation]],
 ) -> list[Finding]:
     """The likeliest causes of weights that are not base + adapter.
 
     Args:
         tensors: every tensor's verdict.
         merged: the merged model.
-        base: the base model.
-        adapter: the adapter that should have been merged.
-        others: the run's other adapters, by name.
+        expectation: what it should hold.
+        others: what it would hold with the run's other adapters, by name.
 
     Returns:
-        Modules that were left out first, then what became of the others; empty where nothing is outside.
+        What was left out first, then what became of the others; empty where nothing is outside.
     """
     bad = [tensor for tensor in tensors if tensor.outside]
     touched = [tensor for tensor in tensors if tensor.module is not None]
+    of_head = _of_tied_head(bad, merged, expectation)
+    causes = [_cause("cause_tied_head")] if of_head else []
+    bad = [tensor for tensor in bad if tensor.name not in of_head]
     if bad and touched and all(tensor.unchanged == tensor.elements for tensor in touched):
-        causes, bad = [_cause("cause_not_applied")], [tensor for tensor in bad if tensor.module is None]
+        causes, bad = [_cause("cause_not_applied"), *causes], [tensor for tensor in bad if tensor.module is None]
     else:
         absent = [tensor for tensor in bad if tensor.module is not None and tensor.unchanged == tensor.elements]
-        causes = [_left_out(absent, touched)] if absent else []
+        rows = [tensor for tensor in absent if _is_of_rows(expectation.updates[tensor.name])]
+        rest = [tensor for tensor in absent if tensor not in rows]
+        causes = [*([_left_out(rest, touched)] if rest else []), *([_rows_missing(rows)] if rows else []), *causes]
         bad = [tensor for tensor in bad if tensor not in absent]
+    # What is there no arithmetic for is its own cause.
+    opaque = [tensor for tensor in bad if merged.info(tensor.name).dtype not in FLOAT_DTYPES]
+    bad = [tensor for tensor in bad if tensor not in opaque]
     if bad:
-        causes.append(_Inquiry(merged, base, adapter, bad).cause(tensors, others))
+        causes.append(_Inquiry(merged, expectation, bad).cause(tensors, others))
+    elif opaque:
+        causes.append(_few_elements({tensor.name: tensor.outside for tensor in opaque}))
     elif not causes and (few := strays(tensors)):
         causes.append(_few_elements(few))
     return causes
+
+
+def _of_tied_head(bad: Sequence[TensorVerdict], merged: Checkpoint, expectation: Expectation) -> set[str]:
+    """The bad tensors that are so because a head that the adapters untie was written as one with its embedding."""
+    heads = [name for name in expectation.updates if is_head(name)] if unties(expectation.binding) else []
+    names = {tensor.name for tensor in bad}
+    found = set()
+    for head in heads:
+        updates = expectation.updates[head]
+        bare = [update for update in updates if isinstance(update, Copied)]
+        own = [update for update in updates if not isinstance(update, Copied)]
+        for embedding in embeddings_of(expectation.base):
+            if head in names and (
+                (embedding in merged.tensors and is_copy(merged, head, embedding))
+                or (bare and _evidence(merged, expectation, head).explained_by(expectation.tensor(head, bare)))
+            ):
+                found.add(head)
+            # What was meant for the head alone went into the one tensor that both are.
+            both = [*expectation.updates.get(embedding, ()), *own]
+            if embedding in names and _evidence(merged, expectation, embedding).explained_by(
+                expectation.tensor(embedding, both)
+            ):
+                found.add(embedding)
+    return found
+
+
+def _is_of_rows(updates: Sequence[Update]) -> bool:
+    return all(isinstance(update, Rows) for update in updates)
+
+
+def _rows_missing(tensors: Sequence[TensorVerdict]) -> Finding:
+    return _cause("cause_rows_missing", tensor=tensors[0].name, count=len(tensors))
+
+
+def _evidence(merged: Checkpoint, expectation: Expectation, name: str) -> Evidence:
+    """The first tile of a bad tensor that holds something outside."""
+    expected = expectation.tensor(name)
+    stored = matrix_of(merged, expected)
+    for rows in expected.tiles():
+        tally = tally_rows(stored, expected, *rows)
+        if tally.outside:
+            break
+    return Evidence(expected, stored, rows, tally)
 
 
 def _left_out(absent: Sequence[TensorVerdict], touched: Sequence[TensorVerdict]) -> Finding:
@@ -145,25 +219,36 @@ def _few_elements(counts: dict[str, int]) -> Finding:
 class _Inquiry:
     """The questions to the bad tensors of one merged model."""
 
-    def __init__(self, merged: Checkpoint, base: Checkpoint, adapter: Adapter, bad: Sequence[TensorVerdict]) -> None:
-        self.merged, self.base, self.adapter, self.bad = merged, base, adapter, bad
-        self.updates = {update.name: update for update in adapter.updates}
+    def __init__(self, merged: Checkpoint, expectation: Expectation, bad: Sequence[TensorVerdict]) -> None:
+        self.expectation, self.bad = expectation, bad
         # Untouched tensors say nothing about the update, so both kinds are heard.
         kinds = [[t.name for t in bad if (t.module is None) is untouched] for untouched in (False, True)]
-        self.evidence = [self._evidence(name) for names in kinds for name in _spread(names)]
-        self.of_updates = [piece for piece in self.evidence if piece.update is not None]
+        self.evidence = [_evidence(merged, expectation, name) for names in kinds for name in _spread(names)]
+        self.of_updates = [piece for piece in self.evidence if _has(piece.updates, LowRank)]
 
-    def cause(self, tensors: Sequence[TensorVerdict], others: Sequence[tuple[str, Adapter]]) -> Finding:
+    def cause(self, tensors: Sequence[TensorVerdict], others: Sequence[tuple[str, Expectation]]) -> Finding:
         """The first question that is answered with yes, or what is left when none is."""
         if self.of_updates:
             for name, other in others:
-                theirs = {update.name: update for update in other.updates}
-                if all(self._explains(piece, theirs.get(piece.name), other) for piece in self.of_updates):
+                if all(piece.explained_by(other.tensor(piece.name)) for piece in self.of_updates):
                     return _cause("cause_other_checkpoint", checkpoint=name)
-            factor = self._factor()
-            if factor is not None:
-                return _scaled(factor, self.of_updates[0].update)
-        return self._misplaced() or self._through_half() or self._unexplained(tensors)
+        found = self._without(Magnitude, "cause_magnitude_ignored") or self._without(Rows, "cause_rows_missing")
+        if found is None and self.of_updates and (factor := self._factor()) is not None:
+            found = _scaled(factor, _first(self.of_updates[0].updates))
+        return found or self._misplaced() or self._through_half() or self._unexplained(tensors)
+
+    def _without(self, kind: type[Update], code: str) -> Finding | None:
+        """Whether leaving out one kind of update explains all the tensors that have it."""
+        pieces = [piece for piece in self.evidence if _has(piece.updates, kind)]
+        for piece in pieces:
+            rest = [update for update in piece.updates if not isinstance(update, kind)]
+            if not piece.explained_by(self.expectation.tensor(piece.name, rest)):
+                return None
+        if not pieces:
+            return None
+        bad = {tensor.name for tensor in self.bad}
+        count = sum(_has(updates, kind) for name, updates in self.expectation.updates.items() if name in bad)
+        return _cause(code, tensor=pieces[0].name, count=count)
 
     def _unexplained(self, tensors: Sequence[TensorVerdict]) -> Finding:
         outside = {tensor.name: tensor.outside for tensor in self.bad}
@@ -181,135 +266,128 @@ class _Inquiry:
         worst = max(self.bad, key=lambda tensor: tensor.outside / tensor.elements)
         return _cause("cause_tensors_outside", count=len(self.bad), total=len(tensors), worst=worst.name)
 
-    def _evidence(self, name: str) -> Evidence:
-        """The first tile of a bad tensor that holds something outside."""
-        update = self.updates.get(name)
-        for rows in row_tiles(self.base.info(name)):
-            tally = self._tally(name, rows, self._expected(update, rows))
-            if tally.outside:
-                break
-        return Evidence(name, update, rows, tally)
-
-    def _tally(self, name: str, rows: tuple[int, int], delta: tuple[Float64, Float64], source: str = "") -> Tally:
-        stored = self.merged.read(name, *rows)
-        before = self.base.read_float64(source or name, *rows)
-        return classify(stored, self.merged.info(name).dtype, before, np.broadcast_to(delta[0], before.shape), delta[1])
-
-    def _expected(
-        self, update: LowRank | None, rows: tuple[int, int], adapter: Adapter | None = None, *, scaled_by: float = 1.0
-    ) -> tuple[Float64, Float64]:
-        """Δ of some rows, and a bound on its error."""
-        if update is None:
-            return np.zeros(()), np.zeros(())
-        a_RI, b_OR = (adapter or self.adapter).factors(update)
-        return low_rank_rows(a_RI, b_OR[slice(*rows)], update.scaling * scaled_by)
-
-    def _explains(
-        self,
-        piece: Evidence,
-        update: LowRank | None,
-        adapter: Adapter | None = None,
-        *,
-        scaled_by: float = 1.0,
-        source: str = "",
-    ) -> bool:
-        """Whether rows are those of ``source`` + scaled_by·Δ of an update."""
-        try:
-            delta = self._expected(update, piece.rows, adapter, scaled_by=scaled_by)
-            return _better(self._tally(piece.name, piece.rows, delta, source), piece.tally)
-        except (TunesmithError, ValueError):  # another adapter may have other shapes, or be damaged
-            return False
+    def _times(self, piece: Evidence, factor: float) -> Expected:
+        """A tensor with all its low-rank updates so many times as strong."""
+        updates = [
+            update.model_copy(update={"scaling": factor * update.scaling}) if isinstance(update, LowRank) else update
+            for update in piece.updates
+        ]
+        return self.expectation.tensor(piece.name, updates)
 
     def _factor(self) -> float | None:
         """A factor on Δ that explains the rows; None where no one factor does."""
-        update = self.of_updates[0].update
-        assert update is not None  # noqa: S101 - of_updates holds no other
-        measured = self._measured_factor()
+        update = _first(self.of_updates[0].updates)
         r, scaling = update.r, update.scaling
-        known = (2.0, -1.0, 1 / scaling, math.sqrt(r), 1 / math.sqrt(r), float(r), 1 / r, scaling, 0.5)
-        close = [factor for factor in known if math.isclose(factor, measured, rel_tol=_SAME_FACTOR)]
-        for factor in (*close, measured):
-            if all(self._explains(piece, piece.update, scaled_by=factor) for piece in self.of_updates):
+        known = [2.0, -1.0, math.sqrt(r), 1 / math.sqrt(r), float(r), 1 / r, scaling, 0.5]
+        known[2:2] = [1 / scaling] if scaling else []
+        linear = [piece for piece in self.of_updates if piece.low_rank_only]
+        measured = _measured_factor(linear) if linear else None
+        if measured is not None:
+            known = [factor for factor in known if math.isclose(factor, measured, rel_tol=_SAME_FACTOR)] + [measured]
+        for factor in known:
+            if all(piece.explained_by(self._times(piece, factor)) for piece in self.of_updates):
                 return factor
         return None
-
-    def _measured_factor(self) -> float:
-        """The factor that the most elements agree with.
-
-        A stored value says that W + factor·Δ lies between its two neighbours, which is an interval for the factor.  The
-        middle of where most intervals overlap is found by sweeping over their ends.
-        """
-        lows, highs = [], []
-        for piece in self.of_updates:
-            info = self.merged.info(piece.name)
-            _, below, above = with_neighbours(self.merged.read(piece.name, *piece.rows), info.dtype)
-            before = self.base.read_float64(piece.name, *piece.rows)
-            delta, _ = self._expected(piece.update, piece.rows)
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                ends = np.stack([(below - before) / delta, (above - before) / delta])
-            usable = np.isfinite(ends).all(axis=0)
-            lows.append(ends.min(axis=0)[usable])
-            highs.append(ends.max(axis=0)[usable])
-        low, high = np.concatenate(lows), np.concatenate(highs)
-        if not low.size:
-            return 0.0
-        ends = np.concatenate([low, high])
-        order = np.argsort(ends, kind="stable")
-        depth = np.cumsum(np.where(order < low.size, 1, -1))
-        deepest = int(depth.argmax())
-        return float(ends[order[deepest : deepest + 2]].mean())
 
     def _misplaced(self) -> Finding | None:
         """Whether a tensor holds what belongs to another of its shape, or its own update transposed."""
         for piece in self.evidence:
-            shape = self.base.info(piece.name).shape
-            for name, info in self.base.tensors.items():
-                if name != piece.name and info.shape == shape:
-                    other = self.updates.get(name)
-                    if self._explains(piece, other, source=name):
-                        return _cause("cause_misplaced", tensor=piece.name, source=name, count=len(self.bad))
-                    if piece.update and other and self._explains(piece, other):
-                        return _cause("cause_other_module", tensor=piece.name, source=name, count=len(self.bad))
-            if piece.update and len(set(shape)) == 1 and self._transposed(piece, piece.update):
+            for name in self._alike(piece.name):
+                if piece.explained_by(self.expectation.tensor(name)):
+                    return _cause("cause_misplaced", tensor=piece.name, source=name, count=len(self.bad))
+                if self._holds_update_of(piece, name):
+                    return _cause("cause_other_module", tensor=piece.name, source=name, count=len(self.bad))
+            shape = self.expectation.shape(piece.name)
+            if piece.low_rank_only and len(set(shape[-2:])) == 1 and self._transposed(piece):
                 return _cause("cause_transposed", tensor=piece.name, count=len(self.bad))
         return None
 
-    def _transposed(self, piece: Evidence, update: LowRank) -> bool:
-        a_RI, b_OR = self.adapter.factors(update)
-        delta = low_rank_rows(b_OR.T, a_RI.T[slice(*piece.rows)], update.scaling)
-        return _better(self._tally(piece.name, piece.rows, delta), piece.tally)
+    def _alike(self, name: str) -> list[str]:
+        """Other tensors of its shape, those whose names differ least first: another layer's, or a sibling."""
+        shape, parts = self.expectation.shape(name), name.split(".")
+        others = [other for other in self.expectation.names if other != name and self.expectation.shape(other) == shape]
+
+        def distance(other: str) -> int:
+            theirs = other.split(".")
+            same = sum(ours == part for ours, part in zip(parts, theirs, strict=False))
+            return max(len(parts), len(theirs)) - same
+
+        return sorted(others, key=distance)[:_ASKED_NAMES]
+
+    def _holds_update_of(self, piece: Evidence, name: str) -> bool:
+        other = self.expectation.updates.get(name, ())
+        if not piece.low_rank_only or not other or not all(isinstance(update, LowRank) for update in other):
+            return False
+        return piece.explained_by(self.expectation.tensor(piece.name, other))
+
+    def _transposed(self, piece: Evidence) -> bool:
+        def turned(update: LowRank) -> tuple[Float64, Float64]:
+            a, b = self.expectation.stack.factors(update)
+            return b.T, a.T
+
+        return piece.explained_by(self.expectation.tensor(piece.name, piece.updates, factors=turned))
 
     def _through_half(self) -> Finding | None:
         """Whether what is outside is what fp16 makes of numbers that are too small for it."""
         for piece in self.evidence:
-            stored = as_float64(self.merged.read(piece.name, *piece.rows), self.merged.info(piece.name).dtype)
-            delta, _ = self._expected(piece.update, piece.rows)
-            right = self.base.read_float64(piece.name, *piece.rows) + delta
+            tile = piece.expected.tile(*piece.rows)
+            values = piece.stored.read(*piece.rows)
+            stored, right = as_float64(values, piece.stored.info.dtype), tile.start + tile.delta
             small = np.abs(right) < _HALF_STEP * 2**9  # above this, fp16 holds all that bf16 does
             on_grid = bool((stored[small] % _HALF_STEP == 0).all())
             moved = np.abs(stored - right)[small] <= _HALF_STEP
-            elsewhere = self._tally_where(piece, ~small)
+            chosen, bound = ~small, np.broadcast_to(tile.bound, small.shape)
+            elsewhere = classify(
+                values[chosen], piece.stored.info.dtype, tile.start[chosen], tile.delta[chosen], bound[chosen]
+            )
             if not (on_grid and moved.all() and small.any() and not elsewhere.outside):
                 return None
         return _cause("cause_through_fp16", count=len(self.bad)) if self.evidence else None
 
-    def _tally_where(self, piece: Evidence, chosen: Array) -> Tally:
-        delta, bound = (np.broadcast_to(part, chosen.shape) for part in self._expected(piece.update, piece.rows))
-        stored = self.merged.read(piece.name, *piece.rows)[chosen]
-        before = self.base.read_float64(piece.name, *piece.rows)[chosen]
-        return classify(stored, self.merged.info(piece.name).dtype, before, delta[chosen], bound[chosen])
+
+def _measured_factor(pieces: Sequence[Evidence]) -> float:
+    """The factor that the most elements agree with.
+
+    A stored value says that W + factor·Δ lies between its two neighbours, which is an interval for the factor.  The
+    middle of where most intervals overlap is found by sweeping over their ends.
+    """
+    lows, highs = [], []
+    for piece in pieces:
+        _, below, above = with_neighbours(piece.stored.read(*piece.rows), piece.stored.info.dtype)
+        tile = piece.expected.tile(*piece.rows)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ends = np.stack([(below - tile.start) / tile.delta, (above - tile.start) / tile.delta])
+        usable = np.isfinite(ends).all(axis=0)
+        lows.append(ends.min(axis=0)[usable])
+        highs.append(ends.max(axis=0)[usable])
+    low, high = np.concatenate(lows), np.concatenate(highs)
+    if not low.size:
+        return 0.0
+    ends = np.concatenate([low, high])
+    order = np.argsort(ends, kind="stable")
+    depth = np.cumsum(np.where(order < low.size, 1, -1))
+    deepest = int(depth.argmax())
+    return float(ends[order[deepest : deepest + 2]].mean())
+
+
+def _has(updates: Sequence[Update], kind: type[Update]) -> bool:
+    return any(isinstance(update, kind) for update in updates)
+
+
+def _first(updates: Sequence[Update]) -> LowRank:
+    return next(update for update in updates if isinstance(update, LowRank))
 
 
 def _better(asked: Tally, before: Tally) -> bool:
     return asked.outside <= _EXPLAINS * before.outside and asked.exact >= before.exact
 
 
-def _scaled(factor: float, update: LowRank | None) -> Finding:
+def _scaled(factor: float, update: LowRank) -> Finding:
     if factor == 2:
         return _cause("cause_merged_twice", factor=factor)
     if factor == -1:
         return _cause("cause_sign")
-    root = math.sqrt(update.r) if update else 0.0
+    root = math.sqrt(update.r)
     return _cause("cause_rslora" if factor in (root, 1 / root) else "cause_scaled", factor=factor)
 
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tunesmith.adapter import Adapter
+from tunesmith.adapter import Adapter, Stack
 from tunesmith.checkpoint import Checkpoint, weights_sha256
 from tunesmith.conversations import Conversation, built_in_prompts
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import AdapterError, BaseModelError, TunesmithError
 from tunesmith.models import VariantSet
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
@@ -17,10 +17,12 @@ from tunesmith.runs import Run, checkpoint_of, tokenizer_dir
 from tunesmith.verify.assets import check_assets
 from tunesmith.verify.behaviour import ADAPTER, MERGED, check_behaviour, tolerated_share
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
+from tunesmith.verify.expected import Expectation, StartView
 from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
 from tunesmith.verify.structure import check_structure
 from tunesmith.verify.weights import check_weights, strays
 
+_NOT_MEASURED = "behaviour_not_measured"
 LEVELS: tuple[LevelName, ...] = ("structure", "assets", "weights", "behaviour")
 
 
@@ -33,6 +35,10 @@ class Verification:
         base_dir: the base model's directory.
         base_model: the base as it was asked for.
         checkpoint: which adapter.
+        weight: what its update is multiplied by.
+        adapters: directories of further adapters that were summed with it, each with its weight.
+        base_is_residual: the base is what remained after the adapter's start was subtracted.
+        base_view: how the base is to be seen; None for as it is stored.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
     """
@@ -45,6 +51,10 @@ class Verification:
         base_dir: Path,
         base_model: str,
         checkpoint: str | int,
+        weight: float = 1.0,
+        adapters: Sequence[tuple[str, float]] = (),
+        base_is_residual: bool = False,
+        base_view: StartView | None = None,
         progress: ProgressCallback,
         cancellation: Cancellation,
     ) -> None:
@@ -52,9 +62,10 @@ class Verification:
         self.merged_dir = merged_dir
         self.base_model = base_model
         self.chosen = checkpoint_of(run, checkpoint)
-        self.adapter = Adapter(self.chosen.path)
+        self.weight, self.others = weight, tuple(adapters)
+        self.base_is_residual, self.base_view = base_is_residual, base_view
         self.base = Checkpoint(base_dir)
-        self.adapter.bind(self.base)
+        self.expectation = self._expect(self.chosen.path)
         self.tokenizer_dir = tokenizer_dir(run, self.chosen, base_dir)
         self.merged: Checkpoint | None = None
         self.head_written_out = False
@@ -64,9 +75,19 @@ class Verification:
         self.progress = progress
         self.cancellation = cancellation
 
+    def _expect(self, adapter: str) -> Expectation:
+        """What a merge would hold with an adapter in the chosen one's place.
+
+        Raises:
+            TunesmithError: the adapters cannot be read, or do not fit the base.
+        """
+        stack = Stack([(adapter, self.weight), *self.others])
+        binding = stack.bind(self.base, base_is_residual=self.base_is_residual)
+        return Expectation(self.base, stack, binding, view=self.base_view)
+
     def structure(self) -> list[Finding]:
         """Level 1."""
-        self.merged, findings = check_structure(self.merged_dir, self.base)
+        self.merged, findings = check_structure(self.merged_dir, self.base, self.expectation.binding)
         self.head_written_out = any(finding.code == "tied_head_written_out" for finding in findings)
         return findings
 
@@ -78,6 +99,7 @@ class Verification:
             self.tokenizer_dir,
             generation_from=Path(self.chosen.path),
             head_written_out=self.head_written_out,
+            config_changes=self.expectation.binding.config,
         )
 
     def weights(self) -> list[Finding]:
@@ -85,7 +107,7 @@ class Verification:
         if self.merged is None:
             return [Finding(code="weights_unreadable", severity="error")]
         self.tensors = check_weights(
-            self.merged, self.base, self.adapter, progress=self.progress, cancellation=self.cancellation
+            self.merged, self.expectation, progress=self.progress, cancellation=self.cancellation
         )
         return [*self._base_identity(), *_weights_findings(self.tensors)]
 
@@ -98,18 +120,25 @@ class Verification:
 
     def measure_behaviour(self, prompts: Sequence[Conversation], *, dtype: str, device: str) -> list[Finding]:
         """Level 4."""
-        if self.merged is None or self.tokenizer_dir is None:
+        if self.merged is None:
             return [Finding(code="behaviour_unloadable", severity="error", params={"what": str(self.merged_dir.name)})]
+        reason = self._not_comparable()
+        if reason is not None or self.tokenizer_dir is None:
+            return [_not_measured(reason or "Neither the run nor the base holds a tokenizer.")]
+        try:
+            variants = VariantSet.load(
+                self.base.path,
+                adapters={ADAPTER: Path(self.chosen.path)},
+                full={MERGED: self.merged_dir},
+                tokenizer_dir=self.tokenizer_dir,
+                dtype=dtype,
+                device=device,
+                progress=self.progress,
+            )
+        except (AdapterError, BaseModelError) as error:
+            # The adapter could be bound, so what stands in the way is the loading of it beside its base.
+            return [_not_measured(error.what if error.found is None else f"{error.what} {error.found}")]
         self.dtype = dtype
-        variants = VariantSet.load(
-            self.base.path,
-            adapters={ADAPTER: Path(self.chosen.path)},
-            full={MERGED: self.merged_dir},
-            tokenizer_dir=self.tokenizer_dir,
-            dtype=dtype,
-            device=device,
-            progress=self.progress,
-        )
         try:
             self.behaviour, findings = check_behaviour(
                 variants,
@@ -122,20 +151,37 @@ class Verification:
             return [Finding(code="behaviour_unloadable", severity="error", params={"what": error.what})]
         return findings
 
+    def _not_comparable(self) -> str | None:
+        """Why the merge has no live counterpart that answers in text; None where it may have one."""
+        config = Adapter(self.chosen.path).config
+        task = config.get("task_type") or "CAUSAL_LM"
+        if task != "CAUSAL_LM":
+            return f"task_type {task}: there is no text to generate."
+        if self.others or self.weight != 1:
+            return "Adapters that are summed with weights are not loaded beside the base."
+        if self.base_view is not None:
+            return "The base that the adapter saw in training is not the one that its files hold."
+        return None
+
     def causes(self, levels: Sequence[Level]) -> list[Finding]:
         """Why the answer is ``different``, the likeliest cause first."""
-        found = [finding for level in levels for finding in level.findings]
-        causes = diagnose_findings(found)
+        causes = diagnose_findings(finding for level in levels for finding in level.findings)
         if self.merged is not None and self.tensors:
             # Damaged or foreign adapters beside the chosen one explain nothing and are passed over.
             others = [
-                (other.name, adapter)
+                (other.name, expectation)
                 for other in self.run.checkpoints
-                if other.name != self.chosen.name and (adapter := _readable(other.path))
+                if other.name != self.chosen.name and (expectation := self._expect_if_readable(other.path))
             ]
-            causes = diagnose_weights(self.tensors, self.merged, self.base, self.adapter, others) + causes
+            causes = diagnose_weights(self.tensors, self.merged, self.expectation, others) + causes
         explained = [cause for cause in causes if cause.code != "cause_behaviour"]
-        return explained or causes
+        return list({cause.code: cause for cause in reversed(explained or causes)}.values())[::-1]
+
+    def _expect_if_readable(self, adapter: str) -> Expectation | None:
+        try:
+            return self._expect(adapter)
+        except TunesmithError:
+            return None
 
 
 def verify(
@@ -145,6 +191,10 @@ def verify(
     base_dir: Path,
     base_model: str,
     checkpoint: str | int = "final",
+    weight: float = 1.0,
+    adapters: Sequence[tuple[str, float]] = (),
+    base_is_residual: bool = False,
+    base_view: StartView | None = None,
     levels: Sequence[str] = LEVELS,
     prompts: Sequence[Conversation] = (),
     dtype: str = "float32",
@@ -160,6 +210,10 @@ def verify(
         base_dir: the base model's directory.
         base_model: the base as it was asked for.
         checkpoint: which of the run's adapters: ``final``, ``checkpoint-N`` or ``N``.
+        weight: what its update is multiplied by.
+        adapters: directories of further adapters that were summed with it, each with its weight.
+        base_is_residual: the base is what remained after the adapter's start was subtracted (PiSSA and its like).
+        base_view: how the base is to be seen, where the merge started from something else than its files say.
         levels: which levels to look at; without ``weights`` the answer cannot be better than ``not_verified``.
         prompts: for the behaviour level; empty for a built-in set.
         dtype: of the behaviour level's arithmetic; float32 keeps its noise far below bf16's rounding of the weights.
@@ -179,6 +233,10 @@ def verify(
         base_dir=base_dir,
         base_model=base_model,
         checkpoint=checkpoint,
+        weight=weight,
+        adapters=adapters,
+        base_is_residual=base_is_residual,
+        base_view=base_view,
         progress=progress,
         cancellation=cancellation or Cancellation(),
     )
@@ -223,6 +281,8 @@ def _answer(levels: Sequence[Level], tensors: Sequence[TensorVerdict]) -> Answer
 
 
 def _status(findings: Sequence[Finding]) -> Status:
+    if any(finding.code == _NOT_MEASURED for finding in findings):
+        return "skipped"
     severities = {finding.severity for finding in findings}
     return "fail" if "error" in severities else "warn" if "warning" in severities else "pass"
 
@@ -232,7 +292,8 @@ def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
         key: sum(getattr(tensor, key) for tensor in tensors)
         for key in ("elements", "exact", "faithful", "twice_rounded", "outside")
     }
-    touched = [tensor for tensor in tensors if tensor.module is not None]
+    # What is stored whole is not lost in rounding, so it says nothing here.
+    touched = [tensor for tensor in tensors if tensor.module is not None and tensor.delta_norm]
     changed = sum(tensor.elements for tensor in touched)
     good = not counts["outside"]
     few = strays(tensors)
@@ -249,8 +310,5 @@ def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
     return findings
 
 
-def _readable(path: str) -> Adapter | None:
-    try:
-        return Adapter(path)
-    except TunesmithError:
-        return None
+def _not_measured(reason: str) -> Finding:
+    return Finding(code="behaviour_not_measured", severity="info", params={"reason": reason})
