@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 from tests.adapter.making import PREFIX, Q, V, pair, write_adapter, write_base
@@ -190,7 +191,10 @@ def test_a_whole_tensor_without_a_place_is_a_mismatch_with_its_nearest_name(tmp_
         bind(write_adapter(tmp_path / "a", tensors), base)
     (line,) = caught.value.details
     assert f"{Q}s.weight is not in the base (nearest: {Q}.weight)" in line
-    saved = bind(write_adapter(tmp_path / "b", tensors, modules_to_save=["q_projs"]), base)
+    with pytest.raises(UnsupportedAdapterError, match="refused") as unexplained:
+        bind(write_adapter(tmp_path / "b", tensors, modules_to_save=["q_projs"]), base)
+    assert "task_type" in unexplained.value.details[0]
+    saved = bind(write_adapter(tmp_path / "c", tensors, modules_to_save=["q_projs"], task_type="SEQ_CLS"), base)
     assert saved.shapes == {f"{Q}s.weight": (4, 6)}
 
 
@@ -309,10 +313,13 @@ def test_every_conv1d_architecture_of_transformers_is_known() -> None:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_an_update_of_a_tied_head_unties_it(tmp_path: Path, *, stored: bool) -> None:
-    """The head begins as the embedding, also where the file holds a head that no loader takes."""
-    shapes = {"model.embed_tokens.weight": (4, 6)} | ({"lm_head.weight": (4, 6)} if stored else {})
-    base = Checkpoint(write_base(tmp_path / "base", shapes, tie_word_embeddings=True))
-    binding = bind(write_adapter(tmp_path / "a", pair("lm_head")), base)
+    """The head begins as the embedding, also where the file holds a copy of that."""
+    directory = write_base(tmp_path / "base", {"model.embed_tokens.weight": (4, 6)}, tie_word_embeddings=True)
+    if stored:
+        embedding = Checkpoint(directory).read("model.embed_tokens.weight")
+        tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+        save_numpy(tensors, directory / "model.safetensors")
+    binding = bind(write_adapter(tmp_path / "a", pair("lm_head")), Checkpoint(directory))
     assert [(update.kind, update.name) for update in binding.updates] == [
         ("copied", "lm_head.weight"),
         ("low_rank", "lm_head.weight"),
@@ -320,6 +327,15 @@ def test_an_update_of_a_tied_head_unties_it(tmp_path: Path, *, stored: bool) -> 
     assert binding.config == {"tie_word_embeddings": False}
     assert binding.shapes == ({} if stored else {"lm_head.weight": (4, 6)})
     assert [finding.code for finding in binding.findings] == ["head_untied"]
+
+
+def test_a_head_that_differs_from_what_it_is_tied_to_is_its_own(tmp_path: Path) -> None:
+    """As transformers 5 reads it; the configuration then says so to every other loader."""
+    shapes = {"model.embed_tokens.weight": (4, 6), "lm_head.weight": (4, 6)}
+    base = Checkpoint(write_base(tmp_path / "base", shapes, tie_word_embeddings=True))
+    binding = bind(write_adapter(tmp_path / "a", pair("lm_head")), base)
+    assert [update.kind for update in binding.updates] == ["low_rank"]
+    assert binding.config == {"tie_word_embeddings": False}
 
 
 def test_an_update_of_an_untied_head_is_merged(tmp_path: Path) -> None:

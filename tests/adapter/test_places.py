@@ -66,7 +66,8 @@ def test_a_name_that_fits_several_tensors_fits_none(tmp_path: Path) -> None:
     [
         ({"tie_word_embeddings": True}, None, True),
         ({"tie_word_embeddings": False}, "other", False),
-        ({"tie_word_embeddings": True}, "other", True),
+        ({"tie_word_embeddings": True}, "same", True),
+        ({"tie_word_embeddings": True}, "other", False),
         ({"text_config": {"tie_word_embeddings": True}}, None, True),
         ({}, None, True),
         ({}, "same", True),

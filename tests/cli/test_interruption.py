@@ -58,7 +58,7 @@ def test_stopped_merge_leaves_nothing(cli: Cli, large: list[object], tmp_path: P
     """Exit 130, one line, no traceback, and neither the target nor a part of it."""
     process = cli.start(*large, tmp_path / "new" / "out")
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("new/.out.partial-*/*")):
+    while not list(tmp_path.glob("new/.out.partial/new/*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -75,14 +75,18 @@ def limit() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, 64 << 10))
 
 
-def test_merge_that_runs_out_of_space_leaves_nothing(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
-    """Exit 2 and the reason, as the system gives it."""
+def test_merge_that_runs_out_of_space_goes_on_when_there_is_some(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
+    """Exit 2 and the reason, as the system gives it; what stays is named, and the same command takes it up."""
+    stage = tmp_path / ".out.partial"
     done = cli("merge", run_dir, "--out", tmp_path / "out", preexec=limit)
     assert done.code == 2, done.err
     assert "cannot be written" in done.err
     assert "Traceback" not in done.err
-    assert str(tmp_path / "out") in done.err
-    assert tree(tmp_path) == {}
+    assert f"stays in {stage}" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == [stage.name]
+    again = cli("merge", run_dir, "--out", tmp_path / "out")
+    assert again.code == 0, again.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -158,6 +158,22 @@ def test_merge_names_the_verification_of_the_same_checkpoint(cli: Cli, run_dir: 
     assert done.code == 0
 
 
+def test_merge_passes_every_option_on(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
+    """Weights, further adapters, dtype and file size; and the next command repeats what verify must know."""
+    other = run_dir / "checkpoint-10"
+    options = ["--adapter", f"{other}:-0.25", "--dtype", "bf16", "--shard-size", "60KB"]
+    merge = ["merge", f"{run_dir}:0.5", "--out", tmp_path / "out", *options]
+    plan = ts.MergePlan.model_validate_json(cli(*merge, "--dry-run", "--json").out)
+    assert [(one.run, one.weight) for one in plan.adapters] == [(str(run_dir), 0.5), (str(other), -0.25)]
+    assert (plan.convert_to, plan.shard_bytes, len(plan.shards) > 1) == ("BF16", 60_000, True)
+    done = cli(*merge)
+    assert done.code == 0, done.err
+    assert f"final of {run_dir}, times 0.5" in done.out
+    assert f"Next: tunesmith verify {run_dir}:0.5 {tmp_path / 'out'} --adapter {other}:-0.25" in done.out
+    refused = cli("merge", run_dir, "--out", tmp_path / "x", "--base-view", "nf5")
+    assert (refused.code, "nf4, nf4-double, int8" in refused.err) == (2, True)
+
+
 def test_merge_dry_run_writes_nothing(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
     """A plan is printed, as text or as its record; no directory is made."""
     out = tmp_path / "deep" / "merged"
@@ -165,6 +181,8 @@ def test_merge_dry_run_writes_nothing(cli: Cli, run_dir: Path, tmp_path: Path) -
     document = cli("merge", run_dir, "--out", out, "--dry-run", "--json")
     assert (text.code, document.code) == (0, 0)
     assert "Nothing was written" in text.out
+    for fact in ("tensors change", "disk: ", " free\n", "memory: about", "time: about"):
+        assert fact in text.out
     assert ts.MergePlan.model_validate_json(document.out).checkpoint == "final"
     assert tree(tmp_path) == {}
 

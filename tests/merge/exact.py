@@ -38,9 +38,10 @@ def number(stored: npt.NDArray[np.generic], dtype: str) -> list[float]:
 
 
 def round_tensor(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Round float64 to a format once, element by element; slow and exact."""
-    flat = [rounded(Fraction(value), dtype) for value in values.reshape(-1).tolist()]
-    return torch.tensor([float(value) for value in flat], dtype=torch.float64).to(TORCH[dtype]).reshape(values.shape)
+    """Round float64 to a format once, element by element, the sign of zero included; slow and exact."""
+    exact = [(value, rounded(Fraction(value), dtype)) for value in values.reshape(-1).tolist()]
+    flat = [math.copysign(float(nearest), value) for value, nearest in exact]
+    return torch.tensor(flat, dtype=torch.float64).to(TORCH[dtype]).reshape(values.shape)
 
 
 def load_model(directory: Path) -> dict[str, torch.Tensor]:

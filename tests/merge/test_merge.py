@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tests.merge.conftest import ADAPTERS, Bench
 from tests.merge.exact import TORCH, load_model, raw_bytes, round_tensor
 from tests.tiny_models import edit_json, peft_alone
-from tunesmith.checkpoint import Checkpoint, read_header, sha256_of, weights_sha256
+from tunesmith.checkpoint import BaseView, Checkpoint, read_header, sha256_of, weights_sha256
 from tunesmith.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -28,10 +30,10 @@ from tunesmith.errors import (
     CheckpointError,
     OutputError,
     RunError,
+    TunesmithError,
     UnsupportedAdapterError,
 )
-from tunesmith.merge import Merged, MergePlan, merge, plan_merge
-from tunesmith.merge import write as writing
+from tunesmith.merge import Merged, MergePlan, merge, plan_merge, units, work, write
 from tunesmith.progress import Cancellation, Progress
 
 # Half a unit in the last place of each format, relative: PEFT rounds Δ, then the sum; we round the sum.
@@ -145,7 +147,7 @@ def test_bytes_do_not_depend_on_the_tile_size(
 ) -> None:
     """Accumulation order almost never crosses a rounding boundary, for each sum is rounded once from float64."""
     expected = merged_into(tmp_path / "a", bench, name="patterns")
-    monkeypatch.setattr(writing, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(work, "TILE_ELEMENTS", elements)
     found = merged_into(tmp_path / "b", bench, name="patterns")
     assert [receipt.sha256 for receipt in found.receipts] == [receipt.sha256 for receipt in expected.receipts]
     assert found.share_unchanged == pytest.approx(expected.share_unchanged)
@@ -302,7 +304,7 @@ def test_a_plan_writes_nothing_and_tells_everything(tmp_path: Path, bench: Bench
     assert list(tmp_path.iterdir()) == []
     assert hashes(*inputs) == before
     assert (plan.dtype, plan.rounding, plan.checkpoint) == ("BF16", "nearest", "final")
-    assert sum(len(shard.updates) for shard in plan.shards) == 6
+    assert plan.changed == 6
     assert MergePlan.model_validate_json(plan.to_json()) == plan
     merge(plan)
     written = sum(file.stat().st_size for file in (tmp_path / "x" / "out").iterdir())
@@ -361,17 +363,23 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, bench: Bench) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_in_mid_merge_leaves_nothing(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is told as a full disk."""
+def test_a_full_disk_in_mid_merge_leaves_what_can_be_gone_on_from(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told as a full disk, names what stays, and nothing is under the target's name."""
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(bench.bases["BF16", "sharded"]))
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OutputError, match="disk is full"):
-        merge(plan)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OutputError, match="disk is full") as caught:
+            merge(plan)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert str(tmp_path / ".out.partial") in caught.value.what
+    merge(plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_force_replaces_the_whole_target_and_only_at_the_end(tmp_path: Path, bench: Bench) -> None:
@@ -473,10 +481,10 @@ def test_a_mismatch_is_found_by_the_plan_before_anything_is_written(tmp_path: Pa
     good = str(bench.bases["BF16", "single"])
     with pytest.raises(RunError):
         plan_merge(run, tmp_path / "out", base=good, checkpoint=7)
-    edit_json(run / "adapter_config.json", use_dora=True)
+    edit_json(run / "adapter_config.json", init_lora_weights="pissa")
     with pytest.raises(UnsupportedAdapterError):
         plan_merge(run, tmp_path / "out", base=good)
-    edit_json(run / "adapter_config.json", use_dora=False, base_model_name_or_path=None)
+    edit_json(run / "adapter_config.json", init_lora_weights=True, base_model_name_or_path=None)
     with pytest.raises(BaseModelError, match="names no base"):
         plan_merge(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
@@ -556,3 +564,169 @@ def test_the_memory_estimate_covers_the_factors(bench: Bench, tmp_path: Path) ->
     ]
     assert plan.memory_bytes > max(sizes)
     assert np.isfinite(plan.memory_bytes)
+
+
+def test_several_adapters_are_summed_with_their_weights(tmp_path: Path, bench: Bench) -> None:
+    """In float64 and in one pass: rounded once, not once an adapter."""
+    base = bench.bases["BF16", "single"]
+    plan = plan_merge(
+        bench.runs["plain"],
+        tmp_path / "out",
+        base=str(base),
+        weight=0.5,
+        adapters=[(bench.runs["rslora"], -0.7), (str(bench.runs["patterns"]), 2.0)],
+    )
+    assert [(Path(one.adapter).parent.name, one.weight) for one in plan.adapters] == [
+        ("plain", 0.5), ("rslora", -0.7), ("patterns", 2.0),
+    ]  # fmt: skip
+    merge(plan)
+    before, after = load_model(base), load_model(tmp_path / "out")
+    sums = {name: tensor.double().clone() for name, tensor in before.items()}
+    for name, weight in (("plain", 0.5), ("rslora", -0.7), ("patterns", 2.0)):
+        for key, exact in closed_form(base, bench.runs[name], ADAPTERS[name]).items():
+            sums[key] += weight * (exact - before[key].double())
+    for key, tensor in after.items():
+        assert raw_bytes(tensor) == raw_bytes(round_tensor(sums[key], "BF16")), key
+
+
+def test_a_target_that_overlaps_a_further_adapter_is_refused(tmp_path: Path, bench: Bench) -> None:
+    """Every input is one."""
+    shutil.copytree(bench.runs["rslora"], tmp_path / "other")
+    base = str(bench.bases["BF16", "single"])
+    with pytest.raises(OutputError, match="overlaps"):
+        plan_merge(
+            bench.runs["plain"], tmp_path / "other" / "x", base=base, adapters=[(tmp_path / "other", 1.0)], force=True
+        )
+
+
+@pytest.mark.parametrize(("name", "dtype", "spelling"), [("fp32", "F32", "float32"), ("fp16", "F16", "float16")])
+def test_another_dtype_is_rounded_from_the_sum_and_told_in_the_configuration(
+    tmp_path: Path, bench: Bench, name: str, dtype: str, spelling: str
+) -> None:
+    """Every floating-point tensor, and both spellings of the configuration's key."""
+    base = tmp_path / "in" / "base"
+    shutil.copytree(bench.bases["BF16", "sharded"], base)
+    edit_json(base / "config.json", torch_dtype="bfloat16", dtype="bfloat16", extra_config={"dtype": "bfloat16"})
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base), dtype=name)
+    assert plan.dtype == dtype
+    merge(plan)
+    expected = closed_form(base, bench.runs["plain"], ADAPTERS["plain"])
+    for key, tensor in load_model(tmp_path / "out").items():
+        exact = expected[key] if key in expected else load_model(base)[key].double()
+        assert raw_bytes(tensor) == raw_bytes(round_tensor(exact, dtype)), key
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["extra_config"]["dtype"]) == (spelling,) * 3
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == TORCH[dtype]
+
+
+def test_resharded_weights_are_the_same(tmp_path: Path, bench: Bench) -> None:
+    """Through the whole of plan and merge, and loadable."""
+    base = str(bench.bases["BF16", "single"])
+    merge(plan_merge(bench.runs["plain"], tmp_path / "one", base=base))
+    plan = plan_merge(bench.runs["plain"], tmp_path / "many", base=base, shard_size="60KB")
+    merged = merge(plan)
+    assert len(merged.receipts) > 2
+    ours, theirs = load_model(tmp_path / "many"), load_model(tmp_path / "one")
+    assert {key: raw_bytes(tensor) for key, tensor in ours.items()} == {
+        key: raw_bytes(tensor) for key, tensor in theirs.items()
+    }
+    LlamaForCausalLM.from_pretrained(tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    "option", [{"dtype": "int8"}, {"shard_size": "big"}, {"base_view": "nf5"}, {"weight": float("nan")}]
+)
+def test_an_option_that_means_nothing_is_refused(tmp_path: Path, bench: Bench, option: dict[str, Any]) -> None:
+    """Before anything is written."""
+    with pytest.raises(TunesmithError):
+        plan_merge(bench.runs["plain"], tmp_path / "out", base=str(bench.bases["BF16", "single"]), **option)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("view", ["nf4", "nf4-double", "int8"])
+def test_a_base_view_starts_from_what_the_training_saw(tmp_path: Path, bench: Bench, view: Any) -> None:
+    """Every Linear layer begins as the view has it, adapted or not; everything else as it is stored."""
+    base = Checkpoint(bench.bases["BF16", "single"])
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base.path), base_view=view)
+    merged = merge(plan)
+    assert len(merged.receipts[0].tensors) == 6
+    stored = load_model(base.path)
+    updates = {
+        key: exact - stored[key].double()
+        for key, exact in closed_form(base.path, bench.runs["plain"], ADAPTERS["plain"]).items()
+    }
+    changed = 0
+    for key, tensor in load_model(tmp_path / "out").items():
+        if BaseView(view).applies_to(base, key):
+            begun = torch.from_numpy(BaseView(view).rows(base, key).copy())
+            exact = begun + updates[key] if key in updates else begun
+            assert raw_bytes(tensor) == raw_bytes(round_tensor(exact, "BF16")), key
+            changed += 1
+        else:
+            assert raw_bytes(tensor) == raw_bytes(stored[key]), key
+    assert changed == plan.changed == 14
+
+
+@pytest.mark.parametrize(("setting", "value"), [("quantization_bit", 4), ("load_in_4bit", True)])
+def test_a_training_on_a_quantized_base_is_told(tmp_path: Path, bench: Bench, setting: str, value: object) -> None:
+    """QLoRA's adapter corrects another base than the one that is merged into; a view of it is the remedy."""
+    run = tmp_path / "in" / "run"
+    shutil.copytree(bench.runs["plain"], run)
+    (run / "training_args.yaml").write_text(f"{setting}: {json.dumps(value)}\n")
+    base = str(bench.bases["BF16", "single"])
+    codes = [one.code for one in plan_merge(run, tmp_path / "out", base=base).warnings]
+    assert codes == ["trained_on_quantized_base"]
+    assert plan_merge(run, tmp_path / "out", base=base, base_view="nf4").warnings == ()
+    (run / "training_args.yaml").write_text(f"{setting}: null\n")
+    assert plan_merge(run, tmp_path / "out", base=base).warnings == ()
+
+
+def test_an_update_that_rounding_lost_is_a_finding(tmp_path: Path, bench: Bench) -> None:
+    """With the remedy's own dtype it is not."""
+    run = tmp_path / "in" / "run"
+    shutil.copytree(bench.runs["plain"], run)
+    factors = load_file(run / "adapter_model.safetensors")
+    save_file({key: value * 1e-3 for key, value in factors.items()}, run / "adapter_model.safetensors")
+    base = str(bench.bases["BF16", "single"])
+    lost = merge(plan_merge(run, tmp_path / "bf16", base=base))
+    assert [finding.code for finding in lost.findings] == ["update_lost_in_rounding"]
+    assert merge(plan_merge(run, tmp_path / "fp32", base=base, dtype="fp32")).findings == ()
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_given_executor_makes_the_same_bytes(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """So that another engine can take the units; progress is told a unit at a time."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 40_000)
+    base, told = str(bench.bases["BF16", "sharded"]), []
+    expected = merge(plan_merge(bench.runs["plain"], tmp_path / "a", base=base))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ThreadPoolExecutor(3) if kind == "threads" else ProcessPoolExecutor(2, mp_context=spawn)
+    with pool:
+        found = merge(plan_merge(bench.runs["plain"], tmp_path / "b", base=base), executor=pool, progress=told.append)
+    assert found.receipts == expected.receipts
+    assert told[-1].done == told[-1].total
+
+
+def test_an_error_in_another_process_arrives_as_it_is(tmp_path: Path, bench: Bench) -> None:
+    """A refused tensor is refused whoever finds it, and nothing is left."""
+    base = edited_base(tmp_path, bench, "BF16", "model.layers.1.self_attn.q_proj.weight", float("nan"))
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool, pytest.raises(CheckpointError, match="NaN") as caught:
+        merge(plan, executor=pool)
+    assert "q_proj" in str(caught.value.where)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+def test_changes_of_the_configuration_are_applied_by_dotted_key(tmp_path: Path, bench: Bench) -> None:
+    """A binding's, in sections too; the rest stays."""
+    base = bench.bases["BF16", "single"]
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base))
+    changes = {"vocab_size": 7, "text_config.deep.key": "x", "labels": {"0": "a"}, "names": ("n",)}
+    binding = plan.binding.model_copy(update={"config": changes})
+    config = json.loads(write._config(plan.model_copy(update={"binding": binding})))
+    assert (config["vocab_size"], config["text_config"]["deep"]["key"]) == (7, "x")
+    assert (config["labels"], config["names"]) == ({"0": "a"}, ["n"])
+    assert config["hidden_size"] == 64

@@ -14,6 +14,7 @@ from tunesmith.adapter.experts import (
     stacked_parameters,
     transposed_by_version,
 )
+from tunesmith.adapter.heads import HEADED_TASKS
 from tunesmith.adapter.keys import Key
 from tunesmith.adapter.load import Adapted, Adapter
 from tunesmith.adapter.places import Places, is_embedding, is_head
@@ -152,6 +153,7 @@ class Binder:
             )
             return
         self._check_dtype(name)
+        self._check_lookup(adapted)
         self.bound.updates.append(self._low_rank(adapted, name, transposed=transposed))
         if adapted.bias:
             self._lora_bias(adapted)
@@ -232,6 +234,17 @@ class Binder:
             self.bound.refusals.append(
                 f"{name}: the base stores it as {self.places.tensors[source].dtype}, which is a quantized form; "
                 "merge into the full-precision model"
+            )
+
+    def _check_lookup(self, adapted: Adapted) -> None:
+        """PEFT looks an embedding's update up as it is given, whatever the layer itself makes of the index."""
+        if not adapted.embedding:
+            return
+        if adapted.module.endswith("embed_positions"):
+            self.bound.refusals.append(f"{adapted.lora_A}: learned positions, whose lookup may have an offset")
+        if self.places.base.config.get("is_encoder_decoder"):
+            self.bound.refusals.append(
+                f"{adapted.lora_A}: an embedding that encoder and decoder share, and that PEFT adapts in one place only"
             )
 
     def _experts(self, module: str, pairs: Sequence[Adapted]) -> None:
@@ -332,6 +345,12 @@ class Binder:
             trained = trained or not self.places.tied
         if name is None and (not trained or self._in_another_form(key.module)):
             self._absent(f"{key.tensor}: {key.target} is not in the base", key.target)
+            return
+        if name is None and self.adapter.config.get("task_type") not in HEADED_TASKS:
+            self.bound.refusals.append(
+                f"{key.tensor}: {key.target} is new, and no task_type (adapter_config.json) says which class has it; "
+                f"such as {', '.join(HEADED_TASKS)}"
+            )
             return
         update = Replaced(
             name=name or self.places.written_as(key.target), module=key.module, tensor=key.tensor, adapter=self.index

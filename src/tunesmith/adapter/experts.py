@@ -21,7 +21,8 @@ from tunesmith.checkpoint import TensorInfo
 
 # As the modules of transformers register them: what leads into an expert before what leads out of it.
 _REGISTERED = (
-    "gate_up_proj", "gate_proj", "up_proj", "w13_weight", "w1", "w3", "fc1", "down_proj", "w2_weight", "w2", "fc2",
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w13_weight", "w1", "w3", "fc1",
+    "down_proj", "down_proj_bias", "w2_weight", "w2", "fc2",
 )  # fmt: skip
 _SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 

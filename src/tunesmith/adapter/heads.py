@@ -37,6 +37,16 @@ def tuned_class(architecture: str, model_type: object, task: str) -> str:
     return stem + HEADED_TASKS[task] + simple
 
 
+def has_lm_head(architecture: str) -> bool:
+    """Whether a class calls its output head ``lm_head``; where no class is named, it is taken for one of those."""
+    return not architecture or architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def is_bare(architecture: str) -> bool:
+    """Whether a class has no head at all."""
+    return architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+
+
 def label_names(count: int, known: object) -> dict[str, dict[str, Any]]:
     """``id2label`` and ``label2id`` for a number of labels; nothing where the base names as many.
 

@@ -54,12 +54,9 @@ class Places:
         return self._only(module, self._spelled(module, self._modules))
 
     def _spelled(self, name: str, known: Container[str]) -> list[str]:
-        found = [spelled for spelled in dict.fromkeys(_spellings(name)) if spelled in known]
-        if found:
-            return found
         # A bare model's files lack the prefix that a model with a head puts before it, or the other way round.
         others = [name.partition(".")[2], *(f"{root}.{name}" for root in self._roots)]
-        return [spelled for spelled in others if spelled in known]
+        return [spelled for spelled in dict.fromkeys([*_spellings(name), *others]) if spelled in known]
 
     def _only(self, name: str, found: list[str]) -> str | None:
         if len(found) > 1:
@@ -111,20 +108,29 @@ class Places:
         return min(found, key=lambda name: name.count(".")) if found else None
 
     @cached_property
-    def tied(self) -> bool:
-        """Whether a loader takes the embedding for the head.
-
-        The configuration says so; where it is silent (the classes' defaults differ), a file without a head, or with
-        the embedding's own bytes as its head, does.
-        """
-        if self.embedding is None:
-            return False
+    def says_tied(self) -> bool | None:
+        """What the configuration says of ``tie_word_embeddings``; None where it is silent."""
         for section in (self.base.config, self.base.config.get("text_config")):
             if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
                 return bool(section["tie_word_embeddings"])
-        return self.head is None or same_values(
-            self._shard(self.head), self.head, self._shard(self.embedding), self.embedding
-        )
+        return None
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's own tensor.
+
+        The configuration says so, and no head of other numbers lies in the files: transformers 5 then takes that one.
+        Where the configuration is silent (the classes' defaults differ), the files alone say it.
+        """
+        if self.embedding is None or self.says_tied is False:
+            return False
+        return self.head is None or self.same_as(self.head, self._shard(self.embedding), self.embedding)
+
+    @cached_property
+    def architecture(self) -> str:
+        """The base's class, such as ``LlamaForCausalLM``; empty where the configuration names none."""
+        names = self.base.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
     def _shard(self, name: str) -> Header:
         return self.base.shards[self.base.shard_of(name)]

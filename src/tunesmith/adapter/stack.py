@@ -293,8 +293,12 @@ class _Union:
         if task is None:
             return
         config = self.places.base.config
-        names = config.get("architectures")
-        before = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+        before = self.places.architecture
+        if task == "QUESTION_ANS" and str(self.places.embedding).startswith("model."):
+            self.refusals.append(
+                f"task_type = 'QUESTION_ANS': {tuned_class(before, config.get('model_type'), task)} looks for its tower "
+                "under another name than the base's files have"
+            )
         after = tuned_class(before, config.get("model_type"), task)
         if before and after != before:
             self.config["architectures"] = (after,)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from tunesmith.adapter.heads import HEADED_TASKS, has_lm_head, is_bare
 from tunesmith.adapter.load import Adapter
 from tunesmith.adapter.places import Places
 from tunesmith.adapter.records import Copied, LowRank, Replaced, Rows, Update
@@ -47,10 +48,15 @@ class Ties:
         Returns:
             All updates, the shared tensors' among them.
         """
-        embedding = self.places.embedding
-        if embedding is None or not self.places.tied:
-            return [*_unless_replaced(shared.values(), updates), *updates]
-        head = self.places.head or self.places.written_as("lm_head.weight")
+        embedding, head = self.places.embedding, self.places.head or self.places.written_as("lm_head.weight")
+        touched = {update.name for update in updates} | shared.keys()
+        plain = [*_unless_replaced(shared.values(), updates), *updates]
+        if embedding is None or not touched & {embedding, head} or self._headless():
+            return plain
+        if not self.places.tied:
+            if self.places.says_tied:
+                self._untie_the_unlike(head, [update for update in updates if isinstance(update, Rows)])
+            return plain
         others = [update for update in updates if update.name not in (embedding, head)]
         others += _unless_replaced([shared[name] for name in shared if name not in (embedding, head)], others)
         of_embedding = [update for update in updates if update.name == embedding]
@@ -83,7 +89,23 @@ class Ties:
             of_head.insert(0, own.model_copy(update={"name": head}) if own else copied)
         return [*others, *begin, *of_embedding, *of_head]
 
+    def _untie_the_unlike(self, head: str, rows: Sequence[Rows]) -> None:
+        """The configuration says *tied*, the files hold two: transformers 5 takes both, and other loaders shall too."""
+        self._untie(head)
+        if rows and head not in {update.name for update in rows}:
+            self.refuse("trained token rows of an embedding that is tied by config.json, and not by its files")
+
+    def _headless(self) -> bool:
+        """Whether the tuned model has no output head over the vocabulary."""
+        tasks = {adapter.config.get("task_type") for adapter in self.adapters}
+        return bool(tasks & HEADED_TASKS.keys()) or is_bare(self.places.architecture)
+
     def _untie(self, head: str) -> None:
+        if self.places.head is None and not has_lm_head(self.places.architecture):
+            self.refuse(
+                f"an update of the embedding alone, which {self.places.architecture or 'the base'} shares with an output "
+                "head of a name that is not known here"
+            )
         self.config["tie_word_embeddings"] = False
         if self.places.section():
             self.config["text_config.tie_word_embeddings"] = False

@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tunesmith.adapter import Adapter, LowRank
+from tunesmith.adapter import Adapter, Binding, LowRank, Magnitude, Stack
 from tunesmith.checkpoint import (
-    INDEX_FILE,
+    VIEW_KINDS,
+    BaseView,
     Checkpoint,
     check_free_space,
     check_out_dir,
     locate_base,
 )
-from tunesmith.errors import BaseModelError
-from tunesmith.merge.records import Asset, MergePlan, ShardPlan
+from tunesmith.checkpoint.publish import done_bytes
+from tunesmith.errors import BaseModelError, OutputError
+from tunesmith.merge.layout import OutputFile, index_of, layout_of
+from tunesmith.merge.records import Asset, Ingredient, MergePlan, ShardPlan
+from tunesmith.merge.units import Compute, pieces_of
+from tunesmith.merge.work import TILE_ELEMENTS
 from tunesmith.progress import ProgressCallback, no_progress
 from tunesmith.record import Finding
 from tunesmith.runs import FINAL, TOKENIZER_FILES, Run, RunCheckpoint, as_run, checkpoint_of, tokenizer_dir
 
-TILE_ELEMENTS = 1 << 16
+RunLike = Run | str | os.PathLike[str]
 
-_BASE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "*.py", "*preprocessor_config.json", INDEX_FILE)
+DTYPES = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+_BASE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "*.py", "*preprocessor_config.json")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?I?B)", re.IGNORECASE)
+_UNITS = {"B": 0, "KB": 1, "MB": 2, "GB": 3, "TB": 4}
+_QUANTIZED_SETTINGS = ("quantization_bit", "load_in_4bit", "load_in_8bit", "quantization_method")
 
 
 def plan_merge(
-    run: Run | str | os.PathLike[str],
+    run: RunLike,
     out: str | os.PathLike[str],
     *,
     base: str | None = None,
     checkpoint: str | int = FINAL,
+    adapters: Sequence[tuple[RunLike, float]] = (),
+    weight: float = 1.0,
+    dtype: str = "auto",
+    shard_size: str | int | None = None,
+    base_is_residual: bool = False,
+    base_view: str | None = None,
     force: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> MergePlan:
-    """Plan to merge one of a run's adapters into its base.
+    """Plan to merge one of a run's adapters, or several runs' adapters together, into their base.
 
     Args:
         run: the run, or its directory.
         out: the directory to make.
         base: the base model; None for the one that the adapter names.
-        checkpoint: ``final``, ``checkpoint-N`` or ``N``.
+        checkpoint: ``final``, ``checkpoint-N`` or ``N``; of ``run``.
+        adapters: further runs, each with its weight; their final adapters are summed with the first in one pass.
+        weight: what the first adapter's update is multiplied by.
+        dtype: ``auto`` (every tensor as in the base), or ``bf16``, ``fp16`` or ``fp32`` for all of them.
+        shard_size: the size that no file of more than one tensor exceeds, such as ``5GB``, ``500MB`` or ``2GiB``, or
+            a number of bytes; None keeps the base's own files.
+        base_is_residual: take the base as what an initialisation such as PiSSA's left of it.
+        base_view: see the base as QLoRA training saw it: ``nf4``, ``nf4-double`` or ``int8``; None for as it is
+            stored.
         force: replace ``out`` where it is not empty.
         progress: told of the embedded model's preparation, where that is the base.
 
@@ -50,51 +79,145 @@ def plan_merge(
     Raises:
         TunesmithError: any reason not to merge, all mismatches of a kind in one.
     """
-    run = as_run(run)
-    chosen = checkpoint_of(run, checkpoint)
-    adapter = Adapter(chosen.path)
-    adapter.require_mergeable()
-    base_name = base or adapter.base_model
+    options = _Options(_dtype(dtype), _bytes(shard_size), base_view, base_is_residual, force)
+    chosen = _chosen(run, checkpoint, weight=weight, adapters=adapters)
+    first, first_checkpoint, _ = chosen[0]
+    base_name = base or Adapter(first_checkpoint.path).base_model
     if base_name is None:
-        raise BaseModelError("The adapter names no base model.", where=chosen.path, next_step="pass --base")
-    base_dir = locate_base(base_name, relative_to=Path(run.path).parent, progress=progress)
+        raise BaseModelError("The adapter names no base model.", where=first_checkpoint.path, next_step="pass --base")
+    base_dir = locate_base(base_name, relative_to=Path(first.path).parent, progress=progress)
     target = Path(out).expanduser()
-    check_out_dir(target, force=force, inputs={"base model": base_dir, "run": Path(run.path)})
-    model = Checkpoint(base_dir)
-    updates = {update.name: update for update in adapter.bind(model)}
-    assets, warnings = _assets(run, chosen, model)
-    write_bytes = sum(header.file_bytes for header in model.shards.values())
+    runs = {f"run {one.path}" if number else "run": Path(one.path) for number, (one, _, _) in enumerate(chosen)}
+    check_out_dir(target, force=force, inputs={"base model": base_dir, **runs})
+    return _planned(chosen, base_dir, target, base_name=base_name, options=options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What was asked for, read."""
+
+    convert_to: str | None
+    shard_bytes: int | None
+    base_view: str | None
+    base_is_residual: bool
+    force: bool
+
+
+_Chosen = Sequence[tuple[Run, RunCheckpoint, float]]
+
+
+def _chosen(
+    run: RunLike, checkpoint: str | int, *, weight: float, adapters: Sequence[tuple[RunLike, float]]
+) -> _Chosen:
+    asked = [(run, checkpoint, weight), *((other, FINAL, share) for other, share in adapters)]
+    opened = [(as_run(one), name, share) for one, name, share in asked]
+    return [(one, checkpoint_of(one, name), share) for one, name, share in opened]
+
+
+def _planned(chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, options: _Options) -> MergePlan:
+    model, view = Checkpoint(base_dir), view_of(options.base_view)
+    if view is not None:
+        view.check(model)
+    stack = Stack([(checkpoint.path, weight) for _, checkpoint, weight in chosen])
+    binding = stack.bind(model, base_is_residual=options.base_is_residual)
+    files = layout_of(model, binding, stack, convert_to=options.convert_to, shard_bytes=options.shard_bytes)
+    index, shards = index_of(model, files), shards_of(files, model, binding, view=view)
+    assets, warnings = _assets(chosen[0][0], chosen[0][1], model)
+    write_bytes = sum(file.size_bytes for file in files) + len((index or "").encode())
     write_bytes += sum(Path(asset.source).stat().st_size for asset in assets)
-    check_free_space(target, write_bytes)
+    free_bytes = check_free_space(target, write_bytes - done_bytes(target))
     return MergePlan(
-        run=run.path,
-        checkpoint=chosen.name,
-        adapter=chosen.path,
+        adapters=tuple(
+            Ingredient(run=run.path, checkpoint=checkpoint.name, adapter=checkpoint.path, weight=weight)
+            for run, checkpoint, weight in chosen
+        ),
         base_model=base_name,
         base=str(base_dir.resolve()),
         out=str(target.resolve()),
-        dtype=", ".join(sorted({model.info(name).dtype for name in updates})),
+        **vars(options),
+        dtype=_stored_dtypes(files, shards),
         rounding="nearest",
-        shards=shards_of(model, updates),
+        binding=binding,
+        shards=shards,
+        index=index,
         assets=assets,
         write_bytes=write_bytes,
-        memory_bytes=_memory(model, adapter, updates),
-        force=force,
-        warnings=(*adapter.findings, *warnings),
+        free_bytes=free_bytes,
+        memory_bytes=_memory(files, binding),
+        seconds=_seconds(files, binding),
+        warnings=(*binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
     )
 
 
-def shards_of(model: Checkpoint, updates: dict[str, LowRank]) -> tuple[ShardPlan, ...]:
-    """The weights to write, file by file as the base has them."""
+def view_of(kind: str | None) -> BaseView | None:
+    """The view of that name.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    try:
+        return None if kind is None else BaseView(kind)  # type: ignore[arg-type]
+    except ValueError as error:
+        expected = ", ".join(VIEW_KINDS)
+        raise BaseModelError("There is no such view of a base.", where=kind, expected=expected) from error
+
+
+def shards_of(
+    files: Sequence[OutputFile], base: Checkpoint, binding: Binding, *, view: BaseView | None = None
+) -> tuple[ShardPlan, ...]:
+    """A layout as the plan records it."""
     return tuple(
         ShardPlan(
-            filename=filename,
-            size_bytes=header.file_bytes,
-            tensors=len(header.tensors),
-            updates=tuple(updates[name] for name in header.tensors if name in updates),
+            filename=file.filename,
+            size_bytes=file.size_bytes,
+            tensors=len(file.tensors),
+            changed=tuple(
+                piece.task.info.name
+                for piece in pieces_of(file, base, binding, view=view)
+                if isinstance(piece, Compute)
+            ),
+            layout_of=file.layout_of,
+            header_sha256=hashlib.sha256(file.header).hexdigest(),
         )
-        for filename, header in model.shards.items()
+        for file in files
     )
+
+
+def _dtype(name: str) -> str | None:
+    if name not in DTYPES:
+        raise OutputError("There is no such dtype to merge into.", where=name, expected=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def _bytes(size: str | int | None) -> int | None:
+    if size is None:
+        return None
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if match is not None:
+        unit = match["unit"].upper()
+        scale = 1024 if "I" in unit else 1000
+        size = int(float(match["number"]) * scale ** _UNITS[unit.replace("I", "")])
+    if not isinstance(size, int) or size <= 0:
+        raise OutputError("This is no size of a file.", where=size, expected="such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def _stored_dtypes(files: Sequence[OutputFile], shards: Sequence[ShardPlan]) -> str:
+    changed = {name for shard in shards for name in shard.changed}
+    return ", ".join(sorted({info.dtype for file in files for info in file.tensors if info.name in changed}))
+
+
+def _quantized_training(runs: Sequence[Run], options: _Options) -> list[Finding]:
+    """QLoRA trains on a rounded base; merging into the full one is another model than was trained."""
+    found = []
+    for run in runs:
+        for name in _QUANTIZED_SETTINGS:
+            value = run.hyperparameters.get(name)
+            if value not in (None, False, "", 0, "none", "None") and options.base_view is None:
+                params = {"run": run.path, "setting": name, "value": value}
+                found.append(Finding(code="trained_on_quantized_base", severity="warning", params=params))
+                break
+    return found
 
 
 def _assets(run: Run, checkpoint: RunCheckpoint, model: Checkpoint) -> tuple[tuple[Asset, ...], list[Finding]]:
@@ -118,16 +241,27 @@ def _assets(run: Run, checkpoint: RunCheckpoint, model: Checkpoint) -> tuple[tup
         Asset(filename=file.name, source=str(file), origin="base")
         for file in sorted(model.path.iterdir())
         if file.is_file() and file.name not in taken and any(fnmatch(file.name, pattern) for pattern in _BASE_FILES)
-        if model.indexed or file.name != INDEX_FILE
     ]
     return tuple(assets), warnings
 
 
-def _memory(model: Checkpoint, adapter: Adapter, updates: dict[str, LowRank]) -> int:
-    """The largest unit's working set: the factors of one update in float64, and some tiles."""
-    factors = [
-        8 * (adapter.header.tensors[update.lora_A].elements + adapter.header.tensors[update.lora_B].elements)
-        for update in updates.values()
-    ]
-    widest = max((model.info(name).shape[-1] for name in updates), default=0)
-    return max(factors, default=0) + 12 * 8 * max(TILE_ELEMENTS, widest)
+def _memory(files: Sequence[OutputFile], binding: Binding) -> int:
+    """The largest unit's working set: the factors of one tensor or block in float64, and some tiles."""
+    by_name = binding.by_name
+    most, widest = 0, 0
+    for info in (info for file in files for info in file.tensors if info.name in by_name):
+        lows = [update for update in by_name[info.name] if isinstance(update, LowRank)]
+        in_blocks = any(update.block is not None for update in lows)
+        shape = info.shape[1:] if in_blocks else info.shape
+        rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+        ranks = max((update.r for update in lows), default=0) if in_blocks else sum(update.r for update in lows)
+        whole = 8 * columns if any(isinstance(update, Magnitude) for update in by_name[info.name]) else 0
+        most, widest = max(most, 2 * 8 * ranks * (rows + columns) + whole), max(widest, columns)
+    return most + 12 * 8 * max(TILE_ELEMENTS, widest)
+
+
+def _seconds(files: Sequence[OutputFile], binding: Binding) -> float:
+    """Two cores: what is computed takes some nanoseconds a number, everything is hashed and written."""
+    by_name = binding.by_name
+    computed = sum(info.elements for file in files for info in file.tensors if info.name in by_name)
+    return 1.0 + computed * 2e-9 + sum(file.size_bytes for file in files) / 1.5e9

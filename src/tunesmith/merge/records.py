@@ -4,24 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.adapter import LowRank
+from tunesmith.adapter import Binding
 from tunesmith.record import Finding, Part, Record
 
 
-class ShardPlan(Part):
-    """One file of weights to write, laid out as the base's file of the same name.
+class Ingredient(Part):
+    """One adapter that goes into a merge.
 
     Attributes:
-        filename: its name in the base and in the merged model.
+        run: absolute run directory.
+        checkpoint: which of its adapters.
+        adapter: absolute directory of that adapter.
+        weight: what its update is multiplied by.
+    """
+
+    run: str
+    checkpoint: str
+    adapter: str
+    weight: float = 1.0
+
+
+class ShardPlan(Part):
+    """One file of weights to write.
+
+    Attributes:
+        filename: its name in the merged model.
         size_bytes: its size.
         tensors: how many tensors it holds.
-        updates: those of them that change.
+        changed: those of them that are computed rather than copied, in the file's order.
+        layout_of: the base's file whose header it repeats, byte for byte; None where it has a header of its own.
+        header_sha256: hash of its header, the length before it included.
     """
 
     filename: str
     size_bytes: int
     tensors: int
-    updates: tuple[LowRank, ...]
+    changed: tuple[str, ...]
+    layout_of: str | None = None
+    header_sha256: str = ""
 
 
 class Asset(Part):
@@ -42,45 +62,79 @@ class MergePlan(Record):
     """All that a merge will do, found out before a byte is written.
 
     Attributes:
-        run: absolute run directory.
-        checkpoint: which of its adapters.
-        adapter: absolute directory of that adapter.
+        adapters: what is merged in; their updates are summed.
         base_model: the base as it was asked for.
         base: absolute directory of the base.
+        base_view: how the base is seen, as QLoRA training saw it; None for as it is stored.
+        base_is_residual: whether the base is what an initialisation such as PiSSA's left of it.
         out: absolute directory to be made.
         dtype: what the changed tensors are stored in, such as ``BF16``.
+        convert_to: the dtype that every floating-point tensor is stored in, such as ``F32``; None for the base's own.
         rounding: how they are rounded: ``nearest``.
+        shard_bytes: the size that no file of more than one tensor exceeds; None for the base's own files.
+        binding: what the adapters make of the base.
         shards: weights to write.
+        index: the new index's text; None where the model has none.
         assets: files to copy.
         write_bytes: all that will be written.
+        free_bytes: what the target's disk has free; None where that is not known.
         memory_bytes: the largest working memory of one unit of work, estimated.
+        seconds: how long it takes on two cores and a disk that keeps up, estimated.
         force: whether a non-empty ``out`` is replaced.
         warnings: what the user should know first.
     """
 
-    run: str
-    checkpoint: str
-    adapter: str
+    adapters: tuple[Ingredient, ...]
     base_model: str
     base: str
+    base_view: str | None = None
+    base_is_residual: bool = False
     out: str
     dtype: str
+    convert_to: str | None = None
     rounding: str
+    shard_bytes: int | None = None
+    binding: Binding
     shards: tuple[ShardPlan, ...]
+    index: str | None = None
     assets: tuple[Asset, ...]
     write_bytes: int
+    free_bytes: int | None = None
     memory_bytes: int
+    seconds: float = 0.0
     force: bool = False
     warnings: tuple[Finding, ...] = ()
+
+    @property
+    def run(self) -> str:
+        """The first adapter's run."""
+        return self.adapters[0].run
+
+    @property
+    def checkpoint(self) -> str:
+        """Which of that run's adapters."""
+        return self.adapters[0].checkpoint
+
+    @property
+    def changed(self) -> int:
+        """How many tensors are computed rather than copied."""
+        return sum(len(shard.changed) for shard in self.shards)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the merged model has."""
+        return sum(shard.tensors for shard in self.shards)
 
 
 class TensorFidelity(Part):
     """What rounding kept of one update.
 
+    Δ is what the exact result adds to what the tensor began as; realised is what the stored one adds to it.
+
     Attributes:
-        name: the base tensor's name.
+        name: the tensor's name.
         elements: how many numbers it holds.
-        share_unchanged: share of them that rounding left as they were in the base.
+        share_unchanged: share of them that rounding left as they were.
         relative_error: ‖realised − Δ‖ / ‖Δ‖.
         gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩; 1 is a whole update.
         delta_norm: ‖Δ‖ (Frobenius), the weight of this tensor among the others.
@@ -95,13 +149,13 @@ class TensorFidelity(Part):
 
 
 class Receipt(Part):
-    """What one unit of work wrote.
+    """One file of weights that was written.
 
     Attributes:
         filename: the file.
         size_bytes: its size.
         sha256: its hash, hexadecimal.
-        tensors: what rounding kept of each update in it.
+        tensors: what rounding kept of each update in it; tensors that nothing is added to are left out.
     """
 
     filename: str
@@ -115,10 +169,12 @@ class Merged(Record):
 
     Attributes:
         plan: what was asked.
-        receipts: what was written, one a shard.
+        receipts: what was written, one a file of weights.
         seconds: wall time.
-        share_unchanged: share of all changed tensors' elements that rounding left as they were.
-        gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩ over all changed tensors.
+        share_unchanged: share of all updated tensors' elements that rounding left as they were.
+        gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩ over all updated tensors.
+        resumed_bytes: how much an earlier, interrupted merge had written and was found good.
+        findings: what the user should know of the result.
     """
 
     plan: MergePlan
@@ -126,6 +182,8 @@ class Merged(Record):
     seconds: float
     share_unchanged: float
     gain: float
+    resumed_bytes: int = 0
+    findings: tuple[Finding, ...] = ()
 
     @property
     def path(self) -> Path:

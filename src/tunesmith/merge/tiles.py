@@ -34,12 +34,22 @@ class TileSums:
         overflowed: results that are infinite or NaN.
     """
 
-    elements: int
-    unchanged: int
-    delta_delta: float
-    realised_delta: float
-    error_error: float
-    overflowed: int
+    elements: int = 0
+    unchanged: int = 0
+    delta_delta: float = 0.0
+    realised_delta: float = 0.0
+    error_error: float = 0.0
+    overflowed: int = 0
+
+    def __add__(self, other: TileSums) -> TileSums:
+        return TileSums(
+            self.elements + other.elements,
+            self.unchanged + other.unchanged,
+            self.delta_delta + other.delta_delta,
+            self.realised_delta + other.realised_delta,
+            self.error_error + other.error_error,
+            self.overflowed + other.overflowed,
+        )
 
 
 def merge_tile(stored_TI: Array, dtype: str, a_RI: Float64, b_TR: Float64, scaling: float) -> tuple[Array, TileSums]:
@@ -55,17 +65,41 @@ def merge_tile(stored_TI: Array, dtype: str, a_RI: Float64, b_TR: Float64, scali
     Returns:
         The merged rows in the same stored form, and what rounding kept.
     """
-    w_TI = as_float64(stored_TI, dtype)
-    delta_TI = scaling * (b_TR @ a_RI)
-    merged_TI = round_once(w_TI + delta_TI, dtype)
-    # W + 0 is W, but −0.0 + 0.0 is 0.0: where nothing is added the base's own bits stay.
-    merged_TI = np.where(delta_TI == 0, stored_TI, merged_TI)
+    return settle_tile(as_float64(stored_TI, dtype), (scaling * b_TR) @ a_RI, dtype, kept_TI=stored_TI)
+
+
+def settle_tile(
+    w_TI: Float64,
+    delta_TI: Float64,
+    dtype: str,
+    *,
+    kept_TI: Array | None = None,
+    result_TI: Float64 | None = None,
+) -> tuple[Array, TileSums]:
+    """Round a tile to what is stored, once, and sum up what that keeps.
+
+    Args:
+        w_TI: what the rows begin as.
+        delta_TI: what is added to them.
+        dtype: the dtype to store.
+        kept_TI: the beginning in stored form, which stays wherever nothing is added; None to round it.
+        result_TI: the exact result, where it is not the sum (DoRA's ratio); nothing is kept then.
+
+    Returns:
+        The stored rows, and what rounding kept.
+    """
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is counted, and refused by the caller
+        begun_TI = round_once(w_TI, dtype) if kept_TI is None else kept_TI
+        if result_TI is None:
+            # W + 0 is W, but −0.0 + 0.0 is 0.0: where nothing is added the base's own bits stay.
+            merged_TI = np.where(delta_TI == 0, begun_TI, round_once(w_TI + delta_TI, dtype))
+        else:
+            merged_TI = round_once(result_TI, dtype)
         realised_TI = as_float64(merged_TI, dtype) - w_TI
         error_TI = realised_TI - delta_TI
         return merged_TI, TileSums(
             elements=merged_TI.size,
-            unchanged=int(np.count_nonzero(merged_TI == stored_TI)),
+            unchanged=int(np.count_nonzero(merged_TI == begun_TI)),
             delta_delta=float(np.einsum("ti,ti->", delta_TI, delta_TI)),
             realised_delta=float(np.einsum("ti,ti->", realised_TI, delta_TI)),
             error_error=float(np.einsum("ti,ti->", error_TI, error_TI)),

@@ -1,232 +1,338 @@
-"""Carry out a plan: independent units of work, each writing one shard and handing back its receipt."""
+"""Carry out a plan: its units of work side by side, hashed and journalled as they are done, the small files last."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tunesmith.adapter import Adapter, LowRank
-from tunesmith.allocator import keep_freed_memory
-from tunesmith.checkpoint import (
-    CONFIG_FILE,
-    Checkpoint,
-    Header,
-    as_float64,
-    copy_range,
-    read_header,
-    read_json_object,
-    read_rows,
-    sha256_of,
-    staged_directory,
-    write_at,
-)
-from tunesmith.errors import CheckpointError
-from tunesmith.merge.plan import TILE_ELEMENTS, shards_of
-from tunesmith.merge.records import Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
-from tunesmith.merge.tiles import TileSums, merge_tile
+from threadpoolctl import threadpool_limits
+
+from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Stack
+from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_json_object, sha256_of
+from tunesmith.checkpoint.publish import Stage, resumable_stage
+from tunesmith.errors import CheckpointError, OutputError
+from tunesmith.merge.journal import JOURNAL_FILE, FileLedger, Journal
+from tunesmith.merge.kernel import available, kernel
+from tunesmith.merge.layout import OutputFile, index_of, layout_of
+from tunesmith.merge.plan import shards_of, view_of
+from tunesmith.merge.records import Merged, MergePlan, Receipt, TensorFidelity
+from tunesmith.merge.tiles import TileSums
+from tunesmith.merge.units import UNIT_BYTES, Context, units_of
+from tunesmith.merge.work import Tick, run_unit
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
+from tunesmith.record import Finding
 
+WEAK_GAIN = 0.95
+COMPILE_FROM_BYTES = 200 << 20
 
-@dataclass(frozen=True)
-class ShardUnit:
-    """One unit of work: paths and numbers only, so that it can run anywhere and be run again.
-
-    Attributes:
-        source: the base's shard.
-        target: the file to write.
-        adapter: the adapter's directory.
-        updates: what changes in it.
-    """
-
-    source: str
-    target: str
-    adapter: str
-    updates: tuple[LowRank, ...]
+_CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def merge(
-    plan: MergePlan, *, progress: ProgressCallback = no_progress, cancellation: Cancellation | None = None
+    plan: MergePlan,
+    *,
+    executor: Executor | None = None,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
 ) -> Merged:
     """Carry out a plan.  The target appears whole at the end, or not at all.
 
+    A merge that was killed, or that the system failed, is gone on with by the next one of the same plan: what its
+    journal says is done is checked, and not computed again.
+
     Args:
         plan: what :func:`plan_merge` found.
+        executor: what runs the units of work; None for a pool of threads, one a core.
         progress: told of bytes written.
-        cancellation: read between tiles.
+        cancellation: read between tiles, or between units where an executor was given.
 
     Returns:
         What was written, and what rounding kept of the update.
 
     Raises:
         Cancelled: stopped on request; nothing is left behind.
-        OutputError: the disk is full or cannot be written; nothing is left behind.
+        OutputError: the disk is full or cannot be written, and what was done stays in a stage that the message names;
+            or another process merges into the same target.
         CheckpointError: a tensor is not finite, or does not stay finite in its dtype; or the base or the adapter is
             no longer what was planned with.
     """
     started = time.monotonic()
-    _check_unchanged(plan)
-    cancellation = cancellation or Cancellation()
-    failed = Cancellation()  # our own: the caller's flag is theirs to set
-    total = sum(shard.size_bytes for shard in plan.shards)
-    done = 0
-    lock = threading.Lock()  # shards are written side by side, and their bytes are reported one after another
+    compiled = _pays_to_compile(plan)
+    if compiled:  # meanwhile, for to load the compiler takes a moment
+        threading.Thread(target=kernel, daemon=True).start()
+    base, files = _checked(plan)
+    stamps = _stamps(plan, base)
+    fingerprint = _fingerprint(plan, files, stamps)
+    with resumable_stage(Path(plan.out), force=plan.force) as stage:
+        work = _Work(plan, stage, _Reporter(plan, progress, cancellation or Cancellation()))
+        journal = Journal(stage.root / JOURNAL_FILE, fingerprint)
+        try:
+            ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
+            resumed = work.resume(ledgers, journal)
+            with threadpool_limits(1), _own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
+                work.run(ledgers, journal, pool=pool, own=own)
+        except BrokenExecutor as error:
+            stage.keep = True
+            raise OutputError("A worker of the executor died.", where=stage.root, found=error) from error
+        finally:
+            journal.close()
+        if _stamps(plan, base) != stamps:
+            raise CheckpointError("The base model changed while it was read.", where=plan.base)
+        _write_small_files(plan, stage.new)
+        stage.publish()
+    receipts = tuple(_receipt(file, ledger) for file, ledger in zip(files, ledgers, strict=True))
+    return _merged(plan, receipts, seconds=time.monotonic() - started, resumed_bytes=resumed)
 
-    def wrote(count: int, detail: str) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            progress(Progress("merge", done, total, "bytes", detail))
-        cancellation.check()
-        failed.check()
 
-    with staged_directory(Path(plan.out), force=plan.force) as stage:
-        units = [_unit(plan, shard, stage) for shard in plan.shards]
-        with ThreadPoolExecutor(max_workers=min(len(units), os.cpu_count() or 1)) as pool:
+class _Reporter:
+    """Progress and the wish to stop, for many threads at once."""
+
+    def __init__(self, plan: MergePlan, progress: ProgressCallback, cancellation: Cancellation) -> None:
+        self._progress, self._cancellation = progress, cancellation
+        self._total = sum(shard.size_bytes for shard in plan.shards)
+        self._done = 0
+        self._lock = threading.Lock()  # units are written side by side, and reported one after another
+        self.failed = Cancellation()  # our own: the caller's flag is theirs to set
+
+    def wrote(self, count: int, detail: str) -> None:
+        with self._lock:
+            self._done += count
+            self._progress(Progress("merge", self._done, self._total, "bytes", detail))
+        self._cancellation.check()
+        self.failed.check()
+
+
+@dataclass
+class _Work:
+    """One merge under way in its stage."""
+
+    plan: MergePlan
+    stage: Stage
+    report: _Reporter
+
+    def ledgers(
+        self, files: Sequence[OutputFile], base: Checkpoint, *, fingerprint: str, compiled: bool
+    ) -> list[FileLedger]:
+        adapters = tuple((one.adapter, one.weight) for one in self.plan.adapters)
+        context = Context(self.plan.base, adapters, compiled, fingerprint)
+        view = view_of(self.plan.base_view)
+        units = units_of(files, base, self.plan.binding, stage=self.stage.new, context=context, view=view)
+        return [FileLedger(Path(target), list(mine)) for target, mine in groupby(units, key=lambda unit: unit.target)]
+
+    def resume(self, ledgers: Sequence[FileLedger], journal: Journal) -> int:
+        """Believe what of an earlier merge is still so; returns how many bytes that is."""
+        self.report.wrote(0, "making ready")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            checks = [
+                pool.submit(ledger.check, journal.entries.get(ledger.path.name, ()), self._checked_bytes)
+                for ledger in ledgers
+            ]
+            kept = [line for check in checks for line in check.result()]
+        mine = {ledger.path.name for ledger in ledgers}
+        for stray in self.stage.new.iterdir():
+            if stray.name not in mine:
+                stray.unlink()
+        journal.begin(kept)
+        for ledger in ledgers:
+            ledger.prepare()
+        done = sum(unit.end - unit.begin for ledger in ledgers for unit in ledger.units[: ledger.hashed])
+        if done:
+            self.report.wrote(done, "already done")
+        return done
+
+    def _checked_bytes(self, _count: int) -> None:
+        self.report.wrote(0, "checking what is already done")
+
+    def run(self, ledgers: Sequence[FileLedger], journal: Journal, *, pool: Executor, own: bool) -> None:
+        """Run every unit that is not done, a bounded number at once; hash what they write as soon as it is whole."""
+        todo = [(ledger, number) for ledger in ledgers for number in range(ledger.hashed, len(ledger.units))]
+        todo.reverse()
+        most = 2 * (os.cpu_count() or 1) + 6  # units written but not hashed count too, so that hashing keeps up
+        before = sum(ledger.hashed for ledger in ledgers)
+        tick: Tick | None = self.report.wrote if own else None
+        submitted = 0
+        running: dict[Future[Any], tuple[FileLedger, int] | None] = {}  # no place: hashing, or flushing
+        with ThreadPoolExecutor(os.cpu_count()) as hashers, ThreadPoolExecutor(1) as flusher:
+            flushed: Future[Any] = flusher.submit(int)
             try:
-                receipts = tuple(pool.map(lambda unit: write_shard(unit, wrote), units))
+                while todo or running:
+                    hashed = sum(ledger.hashed for ledger in ledgers) - before
+                    while todo and submitted - hashed < most:
+                        ledger, number = todo.pop()
+                        unit = ledger.units[number]
+                        future = pool.submit(run_unit, unit, tick) if own else pool.submit(run_unit, unit)
+                        running[future] = ledger, number
+                        submitted += 1
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in [future for future in running if future in done]:
+                        place, result = running.pop(future), future.result()
+                        if place is None:
+                            continue
+                        if self._written(*place, result, own=own):
+                            running[hashers.submit(place[0].advance, journal)] = None
+                        if flushed.done():  # the disk works while the cores do, not after them
+                            flushed = flusher.submit(place[0].flush)
+                            running[flushed] = None
             except BaseException:
-                failed.cancel()  # so that the other units stop before their directory goes
+                self.report.failed.cancel()  # so that the other units stop before their directory goes
+                for future, place in running.items():
+                    if place is not None:  # what is written may still be hashed, to be gone on from
+                        future.cancel()
+                wait(running)
                 raise
-        for asset in plan.assets:
-            (stage / asset.filename).write_bytes(Path(asset.source).read_bytes())
-        # Last, so that a directory without it was never finished.
-        (stage / CONFIG_FILE).write_text(_config(Path(plan.base)), encoding="utf-8")
-    return _merged(plan, receipts, time.monotonic() - started)
+
+    def _written(self, ledger: FileLedger, number: int, sums: dict[str, TileSums], *, own: bool) -> bool:
+        if not own:
+            unit = ledger.units[number]
+            self.report.wrote(unit.end - unit.begin, ledger.path.name)
+        return ledger.written(number, sums)
 
 
-def write_shard(unit: ShardUnit, wrote: Callable[[int, str], None]) -> Receipt:
-    """Write one shard: the base's header and untouched tensors as they are, the others tile by tile.
-
-    Args:
-        unit: what to write.
-        wrote: called with the bytes of each piece and the tensor it belongs to.
-
-    Returns:
-        The file's receipt.
-    """
-    keep_freed_memory()
-    header = read_header(unit.source)
-    adapter = Adapter(unit.adapter)
-    updates = {update.name: update for update in unit.updates}
-    fidelity = []
-    with Path(unit.source).open("rb") as source, Path(unit.target).open("wb+") as target:
-        copied = 0
-        for name, info in header.tensors.items():
-            if name not in updates:
-                continue
-            _copy(source.fileno(), target.fileno(), copied, info.begin, wrote)
-            fidelity.append(_write_update(header, adapter, updates[name], target.fileno(), wrote))
-            copied = info.end
-        _copy(source.fileno(), target.fileno(), copied, header.file_bytes, wrote)
-    path = Path(unit.target)
-    return Receipt(filename=path.name, size_bytes=path.stat().st_size, sha256=sha256_of(path), tensors=tuple(fidelity))
+def _pays_to_compile(plan: MergePlan) -> bool:
+    """Whether the compiled arithmetic is there, and saves more time than it takes to load."""
+    return plan.write_bytes >= COMPILE_FROM_BYTES and available()
 
 
-def _check_unchanged(plan: MergePlan) -> None:
-    model, adapter = Checkpoint(plan.base), Adapter(plan.adapter)
-    if shards_of(model, {update.name: update for update in adapter.bind(model)}) != plan.shards:
+@contextmanager
+def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
+    if executor is not None:
+        yield executor, False
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool, True
+
+
+def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list[Any]]) -> str:
+    """A hash of all that decides the bytes of the weights."""
+    facts = {
+        "version": importlib.metadata.version("tunesmith"),
+        "unit_bytes": UNIT_BYTES,
+        "options": [plan.base, plan.base_view, plan.base_is_residual, plan.convert_to, plan.shard_bytes, plan.rounding],
+        "adapters": [
+            [one.adapter, one.weight]
+            + [sha256_of(Path(one.adapter, name)) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            for one in plan.adapters
+        ],
+        "base": stamps,
+        "files": [[file.filename, hashlib.sha256(file.header).hexdigest()] for file in files],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _stamps(plan: MergePlan, base: Checkpoint) -> list[list[Any]]:
+    """Size and time of every file of the base."""
+    found = [(name, Path(plan.base, name).stat()) for name in base.shards]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def _write_small_files(plan: MergePlan, folder: Path) -> None:
+    for asset in plan.assets:
+        (folder / asset.filename).write_bytes(Path(asset.source).read_bytes())
+    if plan.index is not None:
+        (folder / INDEX_FILE).write_text(plan.index, encoding="utf-8")
+    # Last, so that a directory without it was never finished.
+    (folder / CONFIG_FILE).write_text(_config(plan), encoding="utf-8")
+
+
+def _checked(plan: MergePlan) -> tuple[Checkpoint, tuple[OutputFile, ...]]:
+    """The base and the layout, found again; they must be what the plan says."""
+    base = Checkpoint(plan.base)
+    stack = Stack([(one.adapter, one.weight) for one in plan.adapters])
+    binding = stack.bind(base, base_is_residual=plan.base_is_residual)
+    files = layout_of(base, binding, stack, convert_to=plan.convert_to, shard_bytes=plan.shard_bytes)
+    shards = shards_of(files, base, binding, view=view_of(plan.base_view))
+    if (binding, shards, index_of(base, files)) != (plan.binding, plan.shards, plan.index):
         raise CheckpointError(
             "The base model or the adapter has changed since the merge was planned.",
-            where=plan.adapter,
+            where=plan.adapters[0].adapter,
             found=f"base model {plan.base}",
             next_step="plan the merge again",
         )
+    return base, files
 
 
-def _unit(plan: MergePlan, shard: ShardPlan, stage: Path) -> ShardUnit:
-    source = Path(plan.base, shard.filename)
-    return ShardUnit(str(source), str(stage / shard.filename), plan.adapter, shard.updates)
-
-
-def _copy(source: int, target: int, begin: int, end: int, wrote: Callable[[int, str], None]) -> None:
-    for position in range(begin, end, 64 << 20):
-        count = min(64 << 20, end - position)
-        copy_range(source, target, position, count)
-        wrote(count, "untouched tensors")
-
-
-def _write_update(
-    header: Header, adapter: Adapter, update: LowRank, target: int, wrote: Callable[[int, str], None]
-) -> TensorFidelity:
-    info = header.tensors[update.name]
-    a_ri, b_or = adapter.factors(update)
-    row_bytes = info.size_bytes // info.shape[0]
-    tiles = []
-    for start, stop in _row_tiles(info.shape[0], info.shape[1]):
-        stored = read_rows(header, update.name, start, stop)
-        merged, sums = merge_tile(stored, info.dtype, a_ri, b_or[start:stop], update.scaling)
-        if sums.overflowed:
-            _refuse_not_finite(header.path, update, stored, info.dtype)
-        write_at(target, merged.tobytes(), info.begin + start * row_bytes)
-        tiles.append(sums)
-        wrote(merged.nbytes, update.name)
-    return _fidelity(update.name, tiles)
-
-
-def _row_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    height = max(1, TILE_ELEMENTS // max(1, columns))
-    return ((start, min(start + height, rows)) for start in range(0, rows, height))
-
-
-def _refuse_not_finite(path: Path, update: LowRank, stored: Any, dtype: str) -> None:
-    finite = abs(as_float64(stored, dtype)) < float("inf")
-    raise CheckpointError(
-        f"The merged tensor would not be finite in {dtype}."
-        if finite.all()
-        else "The base tensor holds NaN or infinity.",
-        where=f"{path}: {update.name}",
-        next_step="check the training run for divergence, and the base model's files",
+def _receipt(file: OutputFile, ledger: FileLedger) -> Receipt:
+    return Receipt(
+        filename=file.filename,
+        size_bytes=file.size_bytes,
+        sha256=ledger.sha256,
+        tensors=tuple(
+            _fidelity(info.name, ledger.sums[info.name]) for info in file.tensors if info.name in ledger.sums
+        ),
     )
 
 
-def _fidelity(name: str, tiles: list[TileSums]) -> TensorFidelity:
-    elements = sum(tile.elements for tile in tiles)
-    delta = sum(tile.delta_delta for tile in tiles)
-    error = sum(tile.error_error for tile in tiles)
+def _fidelity(name: str, sums: TileSums) -> TensorFidelity:
+    delta = sums.delta_delta
     return TensorFidelity(
         name=name,
-        elements=elements,
-        share_unchanged=sum(tile.unchanged for tile in tiles) / elements,
-        relative_error=(error / delta) ** 0.5 if delta else 0.0,
-        gain=sum(tile.realised_delta for tile in tiles) / delta if delta else 1.0,
+        elements=sums.elements,
+        share_unchanged=sums.unchanged / max(1, sums.elements),
+        relative_error=(sums.error_error / delta) ** 0.5 if delta else 0.0,
+        gain=sums.realised_delta / delta if delta else 1.0,
         delta_norm=delta**0.5,
     )
 
 
-def _config(base: Path) -> str:
-    """The base's configuration, with RoPE in both spellings.
-
-    transformers 5 writes ``rope_parameters`` only; transformers 4 does not know it and would silently take the default
-    ``rope_theta``.
-    """
-    config = read_json_object(base / CONFIG_FILE)
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        rope = section.get("rope_parameters")
-        if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float) and "rope_theta" not in section:
-            section["rope_theta"] = rope["rope_theta"]
-            if "partial_rotary_factor" in rope:
-                section.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-            scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
-            if scaled.get("rope_type", "default") != "default":
-                section.setdefault("rope_scaling", scaled)
+def _config(plan: MergePlan) -> str:
+    """The base's configuration with the binding's changes, its dtype, and RoPE in both spellings."""
+    config = read_json_object(Path(plan.base) / CONFIG_FILE)
+    for key, value in plan.binding.config.items():
+        *path, last = key.split(".")
+        section = config
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    sections = (config, *(value for value in config.values() if isinstance(value, dict)))
+    for section in sections:
+        _spell_rope_twice(section)
+    if plan.convert_to is not None:
+        named = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
+        for section, key in named or [(config, "torch_dtype")]:
+            section[key] = _CONFIG_DTYPES[plan.convert_to]
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _merged(plan: MergePlan, receipts: tuple[Receipt, ...], seconds: float) -> Merged:
+def _spell_rope_twice(section: dict[str, Any]) -> None:
+    """RoPE as transformers 5 and 4 spell it; the latter would silently take the default ``rope_theta``."""
+    rope = section.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float) and "rope_theta" not in section:
+        section["rope_theta"] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            section.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if scaled.get("rope_type", "default") != "default":
+            section.setdefault("rope_scaling", scaled)
+
+
+def _merged(plan: MergePlan, receipts: tuple[Receipt, ...], *, seconds: float, resumed_bytes: int) -> Merged:
     tensors = [tensor for receipt in receipts for tensor in receipt.tensors]
     elements = sum(tensor.elements for tensor in tensors)
     weight = sum(tensor.delta_norm**2 for tensor in tensors)
+    gain = sum(tensor.gain * tensor.delta_norm**2 for tensor in tensors) / weight if weight else 1.0
+    unchanged = sum(tensor.share_unchanged * tensor.elements for tensor in tensors) / max(1, elements)
+    lost = Finding(
+        code="update_lost_in_rounding",
+        severity="warning",
+        params={"gain": gain, "share_unchanged": unchanged, "dtype": plan.dtype},
+    )
     return Merged(
         plan=plan,
         receipts=receipts,
         seconds=seconds,
-        share_unchanged=sum(tensor.share_unchanged * tensor.elements for tensor in tensors) / max(1, elements),
-        gain=sum(tensor.gain * tensor.delta_norm**2 for tensor in tensors) / weight if weight else 1.0,
+        share_unchanged=unchanged,
+        gain=gain,
+        resumed_bytes=resumed_bytes,
+        findings=(lost,) if gain < WEAK_GAIN else (),
     )

@@ -1,0 +1,367 @@
+"""Carry out one unit of work: read, compute tile by tile, write.  Nothing whole is ever in memory but the factors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows, Stack
+from tunesmith.allocator import keep_freed_memory
+from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, copy_range, stored_array, write_at
+from tunesmith.errors import CheckpointError
+from tunesmith.merge.kernel import settle_bf16
+from tunesmith.merge.tiles import TileSums, settle_tile
+from tunesmith.merge.units import Compute, Context, Copy, Literal, TensorTask, Unit
+
+TILE_ELEMENTS = 1 << 16
+_COPY_BYTES = 16 << 20
+
+Tick = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a tensor's matrix that share their factors.
+
+    Attributes:
+        start: the first row.
+        stop: the row to stop before.
+        a_RI: the factors A of all their updates, stacked; None where nothing is added.
+        b_OR: the factors B, scaled, side by side; row 0 is ``start``'s.
+    """
+
+    start: int
+    stop: int
+    a_RI: Float64 | None = None
+    b_OR: Float64 | None = None
+
+
+def run_unit(unit: Unit, tick: Tick | None = None) -> dict[str, TileSums]:
+    """Write one unit's bytes.
+
+    Args:
+        unit: what to write.
+        tick: called with the bytes of each part that is written and what it belongs to.
+
+    Returns:
+        By tensor, what rounding kept of what is added to it.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or does not stay finite in its dtype.
+        OSError: something cannot be read or written.
+    """
+    keep_freed_memory()
+    if multiprocessing.parent_process() is not None:
+        _one_thread_of_blas()
+    tick = tick or _silent
+    sums: dict[str, TileSums] = {}
+    target = os.open(unit.target, os.O_WRONLY)
+    try:
+        for piece in unit.pieces:
+            if isinstance(piece, Compute):
+                kept = _compute(piece, unit.context, target, tick)
+                if piece.task.adds:
+                    sums[piece.task.info.name] = kept  # a unit holds no tensor twice
+            elif isinstance(piece, Copy):
+                _copy(piece, target, tick)
+            else:
+                _literal(piece, target, tick)
+    finally:
+        os.close(target)
+    return sums
+
+
+@lru_cache(maxsize=1)
+def _one_thread_of_blas() -> None:
+    """In a worker process of a pool, for good: its siblings use the other cores.  Threads are the caller's matter."""
+    threadpool_limits(1)
+
+
+def _silent(_count: int, _detail: str) -> None:
+    pass
+
+
+# Of every thread its own: an opened adapter keeps what it read last, and does not expect two readers.
+_opened = threading.local()
+
+
+def _stack(context: Context) -> Stack:
+    if getattr(_opened, "context", None) != context:
+        _opened.context, _opened.stack = context, Stack(context.adapters)
+    stack: Stack = _opened.stack
+    return stack
+
+
+@lru_cache(maxsize=1)
+def _base(context: Context) -> Checkpoint:
+    return Checkpoint(context.base)
+
+
+def _literal(piece: Literal, target: int, tick: Tick) -> None:
+    write_at(target, piece.data, piece.begin)
+    tick(piece.count, "header")
+
+
+def _copy(piece: Copy, target: int, tick: Tick) -> None:
+    source = os.open(piece.source, os.O_RDONLY)
+    try:
+        for position in range(0, piece.count, _COPY_BYTES):
+            count = min(_COPY_BYTES, piece.count - position)
+            copy_range(source, target, piece.offset + position, count, to=piece.begin + position)
+            tick(count, "untouched tensors")
+    finally:
+        os.close(source)
+
+
+def _compute(piece: Compute, context: Context, target: int, tick: Tick) -> TileSums:
+    task, stack, total = piece.task, _stack(context), TileSums()
+    with _Start(task, stack, context) as begun:
+        norms = _column_norms(task, stack, begun) if task.whole else None
+        fast = _Fast(task) if context.compiled and _is_plain(task) else None
+        for segment in _segments(task, piece.start, piece.stop, stack):
+            for rows in _row_tiles(segment.start, segment.stop, task.matrix[1], _Fast.ELEMENTS if fast else None):
+                done = fast.merge(begun, segment, rows=rows) if fast else None
+                for part, (merged, sums) in (
+                    [(rows, done)] if done else _plainly(task, stack, begun, segment, rows, norms)
+                ):
+                    if sums.overflowed:
+                        raise _not_finite(task, begun.read(*part)[0])
+                    write_at(target, np.ascontiguousarray(merged).data, task.info.begin + part[0] * task.row_bytes)
+                    total += sums
+                    tick(merged.nbytes, task.info.name)
+    return total
+
+
+def _is_plain(task: TensorTask) -> bool:
+    """Whether a tensor is the base's in bf16, stays in bf16, and has nothing but low-rank updates."""
+    dtypes = (task.info.dtype, task.source_info.dtype if task.source_info else None, task.view)
+    return dtypes == ("BF16", "BF16", None) and all(isinstance(update, LowRank | Copied) for update in task.updates)
+
+
+class _Fast:
+    """The compiled arithmetic, with memory that is used again for all rows of a tensor.
+
+    It reads and writes more at once than it computes at once: system calls are dear, and so is memory beyond the
+    second cache.
+    """
+
+    ELEMENTS = 1 << 19
+
+    def __init__(self, task: TensorTask) -> None:
+        columns = task.matrix[1]
+        height = max(1, self.ELEMENTS // max(1, columns))
+        self._tile_rows = max(1, TILE_ELEMENTS // max(1, columns))
+        self._delta_TI = np.empty((min(self._tile_rows, height), columns))
+        self._stored_TI = np.empty((height, columns), np.uint16)
+        self._merged_TI = np.empty((height, columns), np.uint16)
+
+    def merge(self, begun: _Start, segment: Segment, *, rows: tuple[int, int]) -> tuple[Array, TileSums] | None:
+        """Merge some rows; None where it must be done the plain way."""
+        if segment.a_RI is None or segment.b_OR is None:
+            return None
+        height, total = rows[1] - rows[0], TileSums()
+        begun.read_into(self._stored_TI[:height], rows[0])
+        b_TR = segment.b_OR[rows[0] - segment.start : rows[1] - segment.start]
+        for start in range(0, height, self._tile_rows):
+            part = slice(start, min(start + self._tile_rows, height))
+            delta_TI = self._delta_TI[: part.stop - start]
+            np.matmul(b_TR[part], segment.a_RI, out=delta_TI)
+            sums = settle_bf16(self._stored_TI[part], delta_TI, self._merged_TI[part])
+            if sums is None:
+                return None
+            total += sums
+        return self._merged_TI[:height], total
+
+
+def _plainly(
+    task: TensorTask,
+    stack: Stack,
+    begun: _Start,
+    segment: Segment,
+    rows: tuple[int, int],
+    norms: Float64 | None,
+) -> Iterator[tuple[tuple[int, int], tuple[Array, TileSums]]]:
+    for part in _row_tiles(*rows, task.matrix[1]):
+        yield part, _tile(task, stack, begun, segment, rows=part, norms=norms)
+
+
+def _tile(
+    task: TensorTask,
+    stack: Stack,
+    begun: _Start,
+    segment: Segment,
+    *,
+    rows: tuple[int, int],
+    norms: Float64 | None,
+) -> tuple[Array, TileSums]:
+    w_TI, kept_TI = begun.read(*rows)
+    delta_TI = _delta(task, stack, segment, rows=rows, like=w_TI)
+    magnitudes = [update for update in task.updates if isinstance(update, Magnitude)]
+    if not magnitudes:
+        return settle_tile(w_TI, delta_TI, task.info.dtype, kept_TI=kept_TI)
+    result_TI = w_TI + delta_TI
+    for update in magnitudes:
+        m = as_float64(stack.rows(update), stack.info(update).dtype).reshape(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused by the caller
+            if update.per == "row":
+                ratio = m[slice(*rows)] / np.sqrt(np.einsum("ti,ti->t", result_TI, result_TI))
+                result_TI = ratio[:, None] * result_TI
+            elif norms is not None:
+                result_TI = (m / norms) * result_TI
+    return settle_tile(w_TI, result_TI - w_TI, task.info.dtype, kept_TI=kept_TI, result_TI=result_TI)
+
+
+def _delta(task: TensorTask, stack: Stack, segment: Segment, *, rows: tuple[int, int], like: Float64) -> Float64:
+    start, stop = rows
+    if segment.a_RI is not None and segment.b_OR is not None:
+        delta_TI = segment.b_OR[start - segment.start : stop - segment.start] @ segment.a_RI
+    else:
+        delta_TI = np.zeros_like(like)
+    for update in task.updates:
+        if isinstance(update, Added):
+            added = as_float64(stack.rows(update, *_indices(task, start, stop)), stack.info(update).dtype)
+            delta_TI += update.scaling * _matrix_rows(task, added, start, stop)
+    return delta_TI
+
+
+def _column_norms(task: TensorTask, stack: Stack, begun: _Start) -> Float64:
+    """‖V‖ of every column, V being all that the magnitude is applied to."""
+    rows, columns = task.matrix
+    squares = np.zeros(columns)
+    for segment in _segments(task, 0, rows, stack):
+        for start, stop in _row_tiles(segment.start, segment.stop, columns):
+            w_TI, _ = begun.read(start, stop)
+            v_TI = w_TI + _delta(task, stack, segment, rows=(start, stop), like=w_TI)
+            squares += np.einsum("ti,ti->i", v_TI, v_TI)
+    return np.asarray(np.sqrt(squares))
+
+
+def _segments(task: TensorTask, start: int, stop: int, stack: Stack) -> Iterator[Segment]:
+    """Parts of ``start:stop`` with one set of factors each; a block's factors are read when it is reached."""
+    lows = [update for update in task.updates if isinstance(update, LowRank)]
+    height = task.block_rows or max(1, task.matrix[0])
+    for block in range(start // height, -(-stop // height)):
+        first, last = max(start, block * height), min(stop, (block + 1) * height)
+        mine = [update for update in lows if update.block in (None, block)]
+        if not mine:
+            yield Segment(first, last)
+            continue
+        pairs = [(update.scaling, *stack.factors(update)) for update in mine]
+        a_RI = np.concatenate([a for _, a, _ in pairs]) if len(pairs) > 1 else pairs[0][1]
+        part = slice(first - block * height, last - block * height)
+        b_OR = np.concatenate([scaling * b[part] for scaling, _, b in pairs], axis=1)
+        yield Segment(first, last, np.ascontiguousarray(a_RI), np.ascontiguousarray(b_OR))
+
+
+def _row_tiles(start: int, stop: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
+    height = max(1, (elements or TILE_ELEMENTS) // max(1, columns))
+    return ((first, min(first + height, stop)) for first in range(start, stop, height))
+
+
+def _indices(task: TensorTask, start: int, stop: int) -> tuple[int, int]:
+    """The indices of the first dimension that rows ``start:stop`` of the matrix lie in."""
+    each = task.block_rows or 1
+    return start // each, -(-stop // each)
+
+
+def _matrix_rows(task: TensorTask, values: Float64, start: int, stop: int) -> Float64:
+    """Rows of the matrix, of what was read for :func:`_indices`."""
+    first = _indices(task, start, stop)[0] * (task.block_rows or 1)
+    return values.reshape(-1, task.matrix[1])[start - first : stop - first]
+
+
+@dataclass
+class _Start:
+    """What a tensor is before anything is added to it, rows at a time.  The one place that a base is read through."""
+
+    task: TensorTask
+    stack: Stack
+    context: Context
+    _file: int | None = field(default=None, init=False)
+
+    def __enter__(self) -> _Start:
+        if self.task.source is not None:
+            self._file = os.open(self.task.source, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def read(self, start: int, stop: int) -> tuple[Float64, Array | None]:
+        """Rows of the matrix in float64, and as they are stored where that is already the dtype to store."""
+        w_TI, kept_TI = self._begin(start, stop)
+        for update in self.task.updates:
+            if not isinstance(update, Rows):
+                continue
+            for place, index in enumerate(update.indices):
+                if start <= index < stop:
+                    row = as_float64(self.stack.rows(update, place, place + 1), self.stack.info(update).dtype)
+                    w_TI[index - start] = row.reshape(-1)
+                    kept_TI = None
+        return w_TI, kept_TI
+
+    def _begin(self, start: int, stop: int) -> tuple[Float64, Array | None]:
+        if self.task.view is not None and self.task.source_info is not None:
+            base = _base(self.context)
+            return BaseView(self.task.view).rows(base, self.task.source_info.name, start, stop), None
+        stored, dtype = self._stored(start, stop)
+        return as_float64(stored, dtype), stored if dtype == self.task.info.dtype else None
+
+    def read_into(self, stored_TI: Array, start: int) -> None:
+        """Read rows from ``start`` on, as the base stores them, into memory that is there."""
+        info = self.task.source_info
+        assert info is not None, "only a base's tensor can be read so"  # noqa: S101
+        row_bytes = info.size_bytes // self.task.matrix[0]
+        self._fill(stored_TI.data.cast("B"), info.begin + start * row_bytes)
+
+    def _stored(self, start: int, stop: int) -> tuple[Array, str]:
+        task, columns = self.task, self.task.matrix[1]
+        info = task.source_info
+        if self._file is None or info is None:
+            update = next(update for update in task.updates if isinstance(update, Replaced))
+            stored = self.stack.rows(update, *_indices(task, start, stop))
+            return _matrix_rows(task, stored, start, stop), self.stack.info(update).dtype
+        row_bytes = info.size_bytes // task.matrix[0]
+        data = bytearray((stop - start) * row_bytes)
+        self._fill(memoryview(data), info.begin + start * row_bytes)
+        return stored_array(bytes(data), info.dtype, (stop - start, columns)), info.dtype
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        while view and self._file is not None:
+            try:
+                count = read_at(self._file, view, offset)
+            except OSError as error:
+                raise CheckpointError(
+                    "The base model cannot be read.", where=self.task.source, found=error.strerror or error
+                ) from error
+            if not count:
+                raise CheckpointError("The file became shorter while it was read.", where=self.task.source)
+            offset, view = offset + count, view[count:]
+
+
+def read_at(file: int, into: memoryview, offset: int) -> int:
+    """Read bytes at an offset into memory that is there; returns how many, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [into], offset)
+    data = os.pread(file, len(into), offset)
+    into[: len(data)] = data
+    return len(data)
+
+
+def _not_finite(task: TensorTask, w_TI: Float64) -> CheckpointError:
+    return CheckpointError(
+        f"The merged tensor would not be finite in {task.info.dtype}."
+        if np.isfinite(w_TI).all()
+        else "The base tensor holds NaN or infinity.",
+        where=f"{task.source or Path('adapter')}: {task.info.name}",
+        next_step="check the training run for divergence, and the base model's files",
+    )
