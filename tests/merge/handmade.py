@@ -79,7 +79,7 @@ def carry_out(
     run: Callable[..., Any] = map if executor is None else executor.map
     sums: dict[str, TileSums] = {}
     for part in run(run_unit, units):
-        for name, kept in part.items():
+        for name, kept in part.sums.items():
             sums[name] = sums.get(name, TileSums()) + kept
     index = index_of(model, files)
     if index is not None:

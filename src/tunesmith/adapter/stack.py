@@ -296,8 +296,8 @@ class _Union:
         before = self.places.architecture
         if task == "QUESTION_ANS" and str(self.places.embedding).startswith("model."):
             self.refusals.append(
-                f"task_type = 'QUESTION_ANS': {tuned_class(before, config.get('model_type'), task)} looks for its tower "
-                "under another name than the base's files have"
+                f"task_type = 'QUESTION_ANS': {tuned_class(before, config.get('model_type'), task)} looks for its "
+                "tower under another name than the base's files have"
             )
         after = tuned_class(before, config.get("model_type"), task)
         if before and after != before:

@@ -103,8 +103,8 @@ class Ties:
     def _untie(self, head: str) -> None:
         if self.places.head is None and not has_lm_head(self.places.architecture):
             self.refuse(
-                f"an update of the embedding alone, which {self.places.architecture or 'the base'} shares with an output "
-                "head of a name that is not known here"
+                f"an update of the embedding alone, which {self.places.architecture or 'the base'} shares with an "
+                "output head of a name that is not known here"
             )
         self.config["tie_word_embeddings"] = False
         if self.places.section():

@@ -47,7 +47,12 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace --out where it is not empty.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     record: Annotated[
-        Path | None, typer.Option("--record", metavar="FILE.json", help="Also write the merge's record.")
+        Path | None,
+        typer.Option(
+            "--record",
+            metavar="FILE.json",
+            help="Also write the merge's record, with the SHA-256 of every file of weights.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,7 +81,7 @@ def merge(
             force=force,
             progress=progress,
         )
-        merged = None if dry_run else ts.merge(plan, progress=progress)
+        merged = None if dry_run else ts.merge(plan, sha256=record is not None, progress=progress)
     if merged is not None and record is not None:
         merged.write(record)
     if as_json:

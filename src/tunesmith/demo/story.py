@@ -122,7 +122,9 @@ def demo(
         )
         comparison.write(root / "comparison.json")
     with story.step("merge", "@run --out @merged"):
-        merged: Merged = merge(plan_merge(run, root / "merged"), progress=progress, cancellation=cancellation)
+        merged: Merged = merge(
+            plan_merge(run, root / "merged"), sha256=True, progress=progress, cancellation=cancellation
+        )
     with story.step("verify", "@run @merged --out @verdict.json"):
         verdict = api.verify(run, merged, progress=progress, cancellation=cancellation)
         verdict.write(root / "verdict.json")

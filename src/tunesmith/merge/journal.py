@@ -1,8 +1,8 @@
 """What of a merge is done: a line for every unit, so that a killed merge goes on where it was.
 
-The first line is the fingerprint of all that decides the bytes.  Then comes one line a unit, in the order of each
-file's bytes: how far the file is whole, the SHA-256 of all its bytes up to there, and what rounding kept.  A line is
-believed only where the bytes on the disk have that hash.
+The first line is the fingerprint of all that decides the bytes.  Then comes one line a unit, as they end: where it
+lies, a checksum of its bytes (XXH3, 128 bits: against accidents, not against malice), and what rounding kept.  A line
+is believed only where the bytes on the disk have that checksum.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.units import Unit
+from tunesmith.merge.work import Sums, UnitReceipt, checksum_of
 
 JOURNAL_FILE = "journal.jsonl"
-_READ_BYTES = 1 << 18  # fits the second cache, so that the hash reads what was just copied there
-
-Sums = dict[str, TileSums]
 
 
 class Journal:
@@ -33,17 +31,17 @@ class Journal:
         fingerprint: what decides the bytes; where the file has another, it is begun anew.
 
     Attributes:
-        entries: the lines of an earlier merge by file name, in order.
+        entries: the lines of an earlier merge, by file and by where the unit begins there.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.entries: dict[str, list[dict[str, Any]]] = {}
+        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         lines = _lines(path)
         self.same = bool(lines) and lines[0].get("fingerprint") == fingerprint
         if self.same:
             for line in lines[1:]:
-                self.entries.setdefault(str(line.get("file")), []).append(line)
+                self.entries[str(line.get("file")), int(line["begin"])] = line
         self._descriptor: int | None = None
         self._lock = threading.Lock()
 
@@ -95,88 +93,62 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class FileLedger:
-    """One output file: which of its units are written, and the hash of all that is whole from its start.
+    """One output file, and which of its units are done.
 
     Attributes:
         path: the file, in the stage.
         units: its units, in the order of their bytes.
-        sums: what rounding kept in those that are hashed.
-        hashed: how many units that are.
+        done: what rounding kept in each that is, by its number.
     """
 
     path: Path
     units: list[Unit]
-    sums: Sums = field(default_factory=dict)
-    hashed: int = 0
-    _ready: dict[int, Sums] = field(default_factory=dict)
-    _hasher: Any = field(default_factory=hashlib.sha256)
-    _busy: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    done: dict[int, Sums] = field(default_factory=dict)
 
     @property
-    def sha256(self) -> str:
-        """The hash of all that is whole from the start."""
-        return str(self._hasher.hexdigest())
+    def sums(self) -> Sums:
+        """What rounding kept, by tensor, added up in the order of the file."""
+        total: Sums = {}
+        for number in sorted(self.done):
+            for name, kept in self.done[number].items():
+                total[name] = total.get(name, TileSums()) + kept
+        return total
 
-    def check(self, entries: Sequence[dict[str, Any]], tick: Callable[[int], None]) -> list[dict[str, Any]]:
-        """Read what an earlier merge wrote, and believe as much of it as has the hash that its journal says.
+    def whole(self) -> bool:
+        """Whether the file is there, at its full size."""
+        return self.path.is_file() and self.path.stat().st_size == self.units[-1].end
+
+    def holds(self, number: int, entry: dict[str, Any]) -> bool:
+        """Read what an earlier merge wrote, and believe it where it has the checksum that the journal says.
 
         Args:
-            entries: the journal's lines of this file.
-            tick: called with the bytes that were read.
-
-        Returns:
-            The lines that hold.
+            number: the unit's.
+            entry: the journal's line of it.
         """
-        kept: list[dict[str, Any]] = []
-        if not self.path.is_file() or self.path.stat().st_size != self.units[-1].end:
-            return kept
-        hasher = hashlib.sha256()
-        for entry, unit in zip(entries, self.units, strict=False):
-            if entry.get("end") != unit.end:
-                break
-            self._feed(hasher, unit)
-            tick(unit.end - unit.begin)
-            if hasher.hexdigest() != entry.get("sha256"):
-                break
-            self._hasher = hasher.copy()
-            self._absorb({name: TileSums(*values) for name, values in entry["sums"].items()})
-            kept.append(entry)
-        return kept
+        unit = self.units[number]
+        if entry.get("end") != unit.end or checksum_of(self.path, unit.begin, unit.end) != entry.get("checksum"):
+            return False
+        self.done[number] = {name: TileSums(*values) for name, values in entry["sums"].items()}
+        return True
 
     def prepare(self) -> None:
         """Make the file, at its full size; what is whole of it stays."""
         with self.path.open("ab") as file:
             file.truncate(self.units[-1].end)
 
-    def written(self, number: int, sums: Sums) -> bool:
-        """Take note of a unit; returns whether somebody must call :meth:`advance`."""
-        with self._lock:
-            self._ready[number] = sums
-            if self._busy or self.hashed not in self._ready:
-                return False
-            self._busy = True
-            return True
-
-    def advance(self, journal: Journal) -> None:
-        """Hash every unit that is written and has no gap before it, and put each into the journal."""
-        while True:
-            with self._lock:
-                sums = self._ready.pop(self.hashed, None)
-                if sums is None:
-                    self._busy = False
-                    return
-            unit = self.units[self.hashed]
-            self._feed(self._hasher, unit)
-            journal.add(
-                {
-                    "file": self.path.name,
-                    "end": unit.end,
-                    "sha256": self.sha256,
-                    "sums": {name: astuple(kept) for name, kept in sums.items()},
-                }
-            )
-            self._absorb(sums)
+    def written(self, number: int, receipt: UnitReceipt, journal: Journal) -> None:
+        """Take note of a unit."""
+        unit, sums = self.units[number], receipt.sums
+        self.done[number] = sums
+        journal.add(
+            {
+                "file": self.path.name,
+                "begin": unit.begin,
+                "end": unit.end,
+                "checksum": receipt.checksum,
+                "sums": {name: astuple(kept) for name, kept in sums.items()},
+            }
+        )
 
     def flush(self) -> None:
         """Bring what is written so far to the disk."""
@@ -185,20 +157,3 @@ class FileLedger:
             getattr(os, "fdatasync", os.fsync)(descriptor)
         finally:
             os.close(descriptor)
-
-    def _absorb(self, sums: Sums) -> None:
-        for name, kept in sums.items():
-            self.sums[name] = self.sums.get(name, TileSums()) + kept
-        self.hashed += 1
-
-    def _feed(self, hasher: Any, unit: Unit) -> None:
-        buffer = memoryview(bytearray(_READ_BYTES))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(unit.begin)
-            left = unit.end - unit.begin
-            while left:
-                count = file.readinto(buffer[: min(left, _READ_BYTES)])
-                if not count:
-                    raise OSError(f"{self.path} became shorter while it was read")
-                hasher.update(buffer[:count])
-                left -= count

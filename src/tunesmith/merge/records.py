@@ -154,13 +154,13 @@ class Receipt(Part):
     Attributes:
         filename: the file.
         size_bytes: its size.
-        sha256: its hash, hexadecimal.
+        sha256: its hash, hexadecimal; None where it was not asked for.
         tensors: what rounding kept of each update in it; tensors that nothing is added to are left out.
     """
 
     filename: str
     size_bytes: int
-    sha256: str
+    sha256: str | None
     tensors: tuple[TensorFidelity, ...]
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from threadpoolctl import threadpool_limits
 
 from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows, Stack
@@ -23,6 +24,9 @@ from tunesmith.merge.units import Compute, Context, Copy, Literal, TensorTask, U
 
 TILE_ELEMENTS = 1 << 16
 _COPY_BYTES = 16 << 20
+_READ_BYTES = 1 << 18  # fits the second cache, so that the checksum reads what was just copied there
+
+Sums = dict[str, TileSums]
 
 Tick = Callable[[int, str], None]
 
@@ -44,7 +48,33 @@ class Segment:
     b_OR: Float64 | None = None
 
 
-def run_unit(unit: Unit, tick: Tick | None = None) -> dict[str, TileSums]:
+@dataclass(frozen=True)
+class UnitReceipt:
+    """What one unit of work wrote.
+
+    Attributes:
+        checksum: XXH3 (128 bits, hexadecimal) of its bytes, in their order.
+        sums: by tensor, what rounding kept of what is added to it.
+    """
+
+    checksum: str
+    sums: Sums
+
+
+class _Target:
+    """The unit's file: what is written to it goes into the checksum as it passes."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDWR)
+        self.checksum = xxhash.xxh3_128()
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write bytes; every call goes on where the one before ended."""
+        write_at(self.descriptor, data, offset)
+        self.checksum.update(data)
+
+
+def run_unit(unit: Unit, tick: Tick | None = None) -> UnitReceipt:
     """Write one unit's bytes.
 
     Args:
@@ -52,7 +82,7 @@ def run_unit(unit: Unit, tick: Tick | None = None) -> dict[str, TileSums]:
         tick: called with the bytes of each part that is written and what it belongs to.
 
     Returns:
-        By tensor, what rounding kept of what is added to it.
+        What was written.
 
     Raises:
         CheckpointError: a tensor is not finite, or does not stay finite in its dtype.
@@ -62,8 +92,8 @@ def run_unit(unit: Unit, tick: Tick | None = None) -> dict[str, TileSums]:
     if multiprocessing.parent_process() is not None:
         _one_thread_of_blas()
     tick = tick or _silent
-    sums: dict[str, TileSums] = {}
-    target = os.open(unit.target, os.O_WRONLY)
+    sums: Sums = {}
+    target = _Target(unit.target)
     try:
         for piece in unit.pieces:
             if isinstance(piece, Compute):
@@ -75,8 +105,24 @@ def run_unit(unit: Unit, tick: Tick | None = None) -> dict[str, TileSums]:
             else:
                 _literal(piece, target, tick)
     finally:
-        os.close(target)
-    return sums
+        os.close(target.descriptor)
+    return UnitReceipt(target.checksum.hexdigest(), sums)
+
+
+def checksum_of(path: Path, begin: int, end: int) -> str:
+    """The checksum of a range of a file, as :func:`run_unit` makes it; of what there is, where the file ends before."""
+    checksum, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while begin < end:
+            count = read_at(descriptor, buffer[: min(_READ_BYTES, end - begin)], begin)
+            if not count:
+                break
+            checksum.update(buffer[:count])
+            begin += count
+    finally:
+        os.close(descriptor)
+    return checksum.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -105,23 +151,28 @@ def _base(context: Context) -> Checkpoint:
     return Checkpoint(context.base)
 
 
-def _literal(piece: Literal, target: int, tick: Tick) -> None:
-    write_at(target, piece.data, piece.begin)
+def _literal(piece: Literal, target: _Target, tick: Tick) -> None:
+    target.write(piece.data, piece.begin)
     tick(piece.count, "header")
 
 
-def _copy(piece: Copy, target: int, tick: Tick) -> None:
-    source = os.open(piece.source, os.O_RDONLY)
+def _copy(piece: Copy, target: _Target, tick: Tick) -> None:
+    """Copy in the kernel, and read back for the checksum what lies in its cache then."""
+    source, buffer = os.open(piece.source, os.O_RDONLY), memoryview(bytearray(_READ_BYTES))
     try:
         for position in range(0, piece.count, _COPY_BYTES):
             count = min(_COPY_BYTES, piece.count - position)
-            copy_range(source, target, piece.offset + position, count, to=piece.begin + position)
+            begin = piece.begin + position
+            copy_range(source, target.descriptor, piece.offset + position, count, to=begin)
+            for start in range(begin, begin + count, _READ_BYTES):
+                size = read_at(target.descriptor, buffer[: min(_READ_BYTES, begin + count - start)], start)
+                target.checksum.update(buffer[:size])
             tick(count, "untouched tensors")
     finally:
         os.close(source)
 
 
-def _compute(piece: Compute, context: Context, target: int, tick: Tick) -> TileSums:
+def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> TileSums:
     task, stack, total = piece.task, _stack(context), TileSums()
     with _Start(task, stack, context) as begun:
         norms = _column_norms(task, stack, begun) if task.whole else None
@@ -134,7 +185,8 @@ def _compute(piece: Compute, context: Context, target: int, tick: Tick) -> TileS
                 ):
                     if sums.overflowed:
                         raise _not_finite(task, begun.read(*part)[0])
-                    write_at(target, np.ascontiguousarray(merged).data, task.info.begin + part[0] * task.row_bytes)
+                    data = np.ascontiguousarray(merged).reshape(-1).view(np.uint8).data
+                    target.write(data, task.info.begin + part[0] * task.row_bytes)
                     total += sums
                     tick(merged.nbytes, task.info.name)
     return total

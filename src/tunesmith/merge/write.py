@@ -29,7 +29,7 @@ from tunesmith.merge.plan import shards_of, view_of
 from tunesmith.merge.records import Merged, MergePlan, Receipt, TensorFidelity
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.units import UNIT_BYTES, Context, units_of
-from tunesmith.merge.work import Tick, run_unit
+from tunesmith.merge.work import Tick, UnitReceipt, run_unit
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding
 
@@ -43,6 +43,7 @@ def merge(
     plan: MergePlan,
     *,
     executor: Executor | None = None,
+    sha256: bool = False,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Merged:
@@ -54,6 +55,7 @@ def merge(
     Args:
         plan: what :func:`plan_merge` found.
         executor: what runs the units of work; None for a pool of threads, one a core.
+        sha256: also hash every file of weights when it is in place.  On two cores that takes about as long as a copy.
         progress: told of bytes written.
         cancellation: read between tiles, or between units where an executor was given.
 
@@ -91,7 +93,8 @@ def merge(
             raise CheckpointError("The base model changed while it was read.", where=plan.base)
         _write_small_files(plan, stage.new)
         stage.publish()
-    receipts = tuple(_receipt(file, ledger) for file, ledger in zip(files, ledgers, strict=True))
+    hashes = _hashes(Path(plan.out), files) if sha256 else [None] * len(files)
+    receipts = tuple(_receipt(*one) for one in zip(files, ledgers, hashes, strict=True))
     return _merged(plan, receipts, seconds=time.monotonic() - started, resumed_bytes=resumed)
 
 
@@ -133,70 +136,75 @@ class _Work:
     def resume(self, ledgers: Sequence[FileLedger], journal: Journal) -> int:
         """Believe what of an earlier merge is still so; returns how many bytes that is."""
         self.report.wrote(0, "making ready")
+        told = [
+            (ledger, number, entry)
+            for ledger in ledgers
+            if ledger.whole()
+            for number, unit in enumerate(ledger.units)
+            if (entry := journal.entries.get((ledger.path.name, unit.begin))) is not None
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            checks = [
-                pool.submit(ledger.check, journal.entries.get(ledger.path.name, ()), self._checked_bytes)
-                for ledger in ledgers
-            ]
-            kept = [line for check in checks for line in check.result()]
+            held = list(pool.map(lambda one: self._holds(*one), told))
         mine = {ledger.path.name for ledger in ledgers}
         for stray in self.stage.new.iterdir():
             if stray.name not in mine:
                 stray.unlink()
-        journal.begin(kept)
+        journal.begin([entry for (_, _, entry), holds in zip(told, held, strict=True) if holds])
         for ledger in ledgers:
             ledger.prepare()
-        done = sum(unit.end - unit.begin for ledger in ledgers for unit in ledger.units[: ledger.hashed])
+        done = sum(
+            unit.end - unit.begin for ledger in ledgers for n, unit in enumerate(ledger.units) if n in ledger.done
+        )
         if done:
             self.report.wrote(done, "already done")
         return done
 
-    def _checked_bytes(self, _count: int) -> None:
+    def _holds(self, ledger: FileLedger, number: int, entry: dict[str, Any]) -> bool:
         self.report.wrote(0, "checking what is already done")
+        return ledger.holds(number, entry)
 
     def run(self, ledgers: Sequence[FileLedger], journal: Journal, *, pool: Executor, own: bool) -> None:
-        """Run every unit that is not done, a bounded number at once; hash what they write as soon as it is whole."""
-        todo = [(ledger, number) for ledger in ledgers for number in range(ledger.hashed, len(ledger.units))]
+        """Run every unit that is not done, a bounded number at once."""
+        todo = [(ledger, n) for ledger in ledgers for n in range(len(ledger.units)) if n not in ledger.done]
         todo.reverse()
-        most = 2 * (os.cpu_count() or 1) + 6  # units written but not hashed count too, so that hashing keeps up
-        before = sum(ledger.hashed for ledger in ledgers)
+        most = 2 * (os.cpu_count() or 1)
         tick: Tick | None = self.report.wrote if own else None
-        submitted = 0
-        running: dict[Future[Any], tuple[FileLedger, int] | None] = {}  # no place: hashing, or flushing
-        with ThreadPoolExecutor(os.cpu_count()) as hashers, ThreadPoolExecutor(1) as flusher:
+        running: dict[Future[Any], tuple[FileLedger, int] | None] = {}  # no place: flushing
+        with ThreadPoolExecutor(1) as flusher:
             flushed: Future[Any] = flusher.submit(int)
             try:
                 while todo or running:
-                    hashed = sum(ledger.hashed for ledger in ledgers) - before
-                    while todo and submitted - hashed < most:
+                    while todo and len(running) < most:
                         ledger, number = todo.pop()
                         unit = ledger.units[number]
                         future = pool.submit(run_unit, unit, tick) if own else pool.submit(run_unit, unit)
                         running[future] = ledger, number
-                        submitted += 1
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in [future for future in running if future in done]:
-                        place, result = running.pop(future), future.result()
+                        place, receipt = running.pop(future), future.result()
                         if place is None:
                             continue
-                        if self._written(*place, result, own=own):
-                            running[hashers.submit(place[0].advance, journal)] = None
+                        self._written(*place, receipt, journal, own=own)
                         if flushed.done():  # the disk works while the cores do, not after them
                             flushed = flusher.submit(place[0].flush)
                             running[flushed] = None
             except BaseException:
                 self.report.failed.cancel()  # so that the other units stop before their directory goes
-                for future, place in running.items():
-                    if place is not None:  # what is written may still be hashed, to be gone on from
-                        future.cancel()
+                for future in running:
+                    future.cancel()
                 wait(running)
                 raise
 
-    def _written(self, ledger: FileLedger, number: int, sums: dict[str, TileSums], *, own: bool) -> bool:
+    def _written(self, ledger: FileLedger, number: int, receipt: UnitReceipt, journal: Journal, *, own: bool) -> None:
         if not own:
             unit = ledger.units[number]
             self.report.wrote(unit.end - unit.begin, ledger.path.name)
-        return ledger.written(number, sums)
+        ledger.written(number, receipt, journal)
+
+
+def _hashes(folder: Path, files: Sequence[OutputFile]) -> list[str]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda file: sha256_of(folder / file.filename), files))
 
 
 def _pays_to_compile(plan: MergePlan) -> bool:
@@ -262,14 +270,13 @@ def _checked(plan: MergePlan) -> tuple[Checkpoint, tuple[OutputFile, ...]]:
     return base, files
 
 
-def _receipt(file: OutputFile, ledger: FileLedger) -> Receipt:
+def _receipt(file: OutputFile, ledger: FileLedger, sha256: str | None) -> Receipt:
+    sums = ledger.sums
     return Receipt(
         filename=file.filename,
         size_bytes=file.size_bytes,
-        sha256=ledger.sha256,
-        tensors=tuple(
-            _fidelity(info.name, ledger.sums[info.name]) for info in file.tensors if info.name in ledger.sums
-        ),
+        sha256=sha256,
+        tensors=tuple(_fidelity(info.name, sums[info.name]) for info in file.tensors if info.name in sums),
     )
 
 
