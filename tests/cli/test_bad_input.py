@@ -102,7 +102,9 @@ def test_adapter_config_that_is_no_json(cli: Cli, own_run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "DoRA")], ids=["ia3", "dora"]
+    ("change", "word"),
+    [({"peft_type": "IA3"}, "IA3"), ({"use_qalora": True}, "QALoRA"), ({"init_lora_weights": "pissa"}, "pissa")],
+    ids=["ia3", "qalora", "pissa"],
 )
 def test_adapter_that_cannot_be_merged_truly(
     cli: Cli, own_run: Path, tmp_path: Path, change: dict[str, object], word: str
