@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from synthetic import SIZES, write_adapter, write_base
+import synthetic
+from synthetic import SIZES
 
 from tunesmith.adapter import LowRank, Stack
 from tunesmith.checkpoint import Checkpoint, as_float64
@@ -40,7 +41,7 @@ import os; os.sync()
 """
 
 
-_PEER = "PEFT's script"
+_OURS, _PEER = "tunesmith merge", "PEFT's script"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def commands(base: Path, adapter: Path, out: Path, options: argparse.Namespace) 
     ours = [sys.executable, "-m", "tunesmith", "merge", str(adapter), "--base", str(base), "--out"]
     found = {
         "cp && sync": ["sh", "-c", f"cp -r '{base}' '{out}-copy' && sync"],
-        "tunesmith merge": [*ours, f"{out}-ours"],
+        _OURS: [*ours, f"{out}-ours"],
     }
     if options.one_worker:
         found["on one core"] = ["taskset", "-c", "0", *ours, f"{out}-one"]
@@ -122,19 +123,20 @@ def disk_rate(folder: Path) -> float:
 
 def run_size(size: str, options: argparse.Namespace) -> None:
     """One size: all contenders, in turn, and the table."""
-    base = write_base(options.work / f"base-{size}", size)
-    adapter = write_adapter(options.work / f"adapter-{size}", size, base)
+    base, adapter = options.work / f"base-{size}", options.work / f"adapter-{size}"
+    # In a process of its own: what starts another counts, until that has its own program, as the other's memory.
+    subprocess.run([sys.executable, synthetic.__file__, size, base, adapter], check=True)  # noqa: S603
     total = sum(file.stat().st_size for file in base.iterdir())
     out = options.work / f"out-{size}"
     contenders = commands(base, adapter, out, options)
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
         for name, command in contenders.items():
-            for old in options.work.glob(f"out-{size}-*"):
-                keep = name == _PEER and old.name.endswith("-ours")
-                if not keep:
-                    shutil.rmtree(old)
             costs[name].append(measure(command))
+            if turn + 1 < options.rounds or name not in (_OURS, _PEER):
+                for made in options.work.glob(f"out-{size}-*"):
+                    if turn + 1 < options.rounds or not made.name.endswith(("-ours", "-peft")):
+                        shutil.rmtree(made)
     print(f"\n{size}: {total / 1e9:.2f} GB, {options.rounds} rounds, medians; disk {disk_rate(options.work):,.0f} MB/s")
     print(f"{'':<18}{'wall s':>9}{'CPU s':>9}{'peak MB':>9}{'wall / cp':>11}{'PEFT / wall':>13}   rounds")
     medians = {name: statistics.median(cost.wall_s for cost in rows) for name, rows in costs.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,3 +177,8 @@ def _config(shape: Shape) -> dict[str, object]:
         "eos_token_id": 151645,
         "torch_dtype": "bfloat16",
     }
+
+
+if __name__ == "__main__":
+    size, base, adapter = sys.argv[1:]
+    write_adapter(Path(adapter), size, write_base(Path(base), size))
