@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, describe
-from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, weights_sha256, write_error
-from tunesmith.checkpoint.views import VIEW_KINDS, BaseView
+from tunesmith.checkpoint import VIEW_KINDS, BaseView, Checkpoint, cache_dir, locate_base, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations

@@ -16,6 +16,7 @@ from tunesmith.record import Record
 _CORE = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy")
 _EXTRAS = {
     "train": ("trl", "datasets"),
+    "fast": ("numba",),
     "web": ("fastapi", "uvicorn"),
     "quantize": ("compressed_tensors",),
     "gguf": ("gguf",),

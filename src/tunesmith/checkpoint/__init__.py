@@ -12,12 +12,15 @@ from tunesmith.checkpoint.directory import (
     read_rows,
     same_values,
 )
-from tunesmith.checkpoint.header import Header, TensorInfo, read_header
+from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, read_header
 from tunesmith.checkpoint.locate import cache_dir, locate_base
 from tunesmith.checkpoint.publish import (
+    Stage,
     check_free_space,
     check_out_dir,
     copy_range,
+    done_bytes,
+    resumable_stage,
     sha256_of,
     staged_directory,
     weights_sha256,
@@ -38,11 +41,13 @@ __all__ = [
     "BaseView",
     "CONFIG_FILE",
     "Checkpoint",
+    "DTYPE_BITS",
     "FLOAT_DTYPES",
     "Float64",
     "Header",
     "INDEX_FILE",
     "SINGLE_FILE",
+    "Stage",
     "TensorInfo",
     "VIEW_KINDS",
     "ViewKind",
@@ -51,10 +56,12 @@ __all__ = [
     "check_free_space",
     "check_out_dir",
     "copy_range",
+    "done_bytes",
     "locate_base",
     "read_header",
     "read_json_object",
     "read_rows",
+    "resumable_stage",
     "same_values",
     "sha256_of",
     "staged_directory",

@@ -341,7 +341,8 @@ def sha256_of(path: Path) -> str:
 
 def weights_sha256(directory: Path) -> str:
     """One hash for all safetensors files of a directory: the SHA-256 of ``sha256sum``'s own listing of them."""
-    listing = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(directory.glob("*.safetensors")))
+    files = [file for file in sorted(directory.glob("*.safetensors")) if file.is_file()]  # no pipe, which would block
+    listing = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

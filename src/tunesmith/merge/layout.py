@@ -16,6 +16,7 @@ from typing import Any
 
 from tunesmith.adapter import Binding, Copied, Replaced, Stack, Update
 from tunesmith.checkpoint import (
+    DTYPE_BITS,
     FLOAT_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
@@ -24,7 +25,6 @@ from tunesmith.checkpoint import (
     TensorInfo,
     read_json_object,
 )
-from tunesmith.checkpoint.header import DTYPE_BITS
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 _ALIGNMENT = 8  # of the data's first byte, as the format's own writer does it

@@ -18,9 +18,9 @@ from tunesmith.checkpoint import (
     Checkpoint,
     check_free_space,
     check_out_dir,
+    done_bytes,
     locate_base,
 )
-from tunesmith.checkpoint.publish import done_bytes
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.records import Asset, Ingredient, MergePlan, ShardPlan

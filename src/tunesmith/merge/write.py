@@ -19,8 +19,15 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Stack
-from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_json_object, sha256_of
-from tunesmith.checkpoint.publish import Stage, resumable_stage
+from tunesmith.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Checkpoint,
+    Stage,
+    read_json_object,
+    resumable_stage,
+    sha256_of,
+)
 from tunesmith.errors import CheckpointError, OutputError
 from tunesmith.merge.journal import JOURNAL_FILE, FileLedger, Journal
 from tunesmith.merge.kernel import available, kernel
