@@ -88,7 +88,7 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
         reasons.append(f"bias = {_short(config['bias'])}: not none, all or lora_only")
     known = USED | HARMLESS | REFUSED.keys()
     reasons += [
-        f"{field} = {_short(value)}: a field that this version does not know"
+        f"{field} = {_short(value)}: a field that this version does not know; a newer one may"
         for field, value in config.items()
         if field not in known and value
     ]

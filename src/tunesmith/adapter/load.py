@@ -263,6 +263,7 @@ class Adapter:
                 where=f"{self.path}: {module}",
                 expected=f"r = {r} (adapter_config.json)",
                 found=f"r = {a.shape[0]} (rows of lora_A)",
+                next_step="use the adapter_config.json that was saved with these tensors",
             )
         return Adapted(
             module=module,
