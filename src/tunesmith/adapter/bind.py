@@ -37,7 +37,7 @@ class Bound:
     Attributes:
         updates: what becomes of the base's tensors, and of new ones.
         shared: tensors that the adapter stores for the base's own, under a wrapper: by target.
-        copies: names of trained copies of whole modules (``modules_to_save``).
+        copies: those of the updates that are trained copies of whole modules (``modules_to_save``), by target.
         misfits: what has no place, or another shape.
         absent: names that the base lacks, by the place of their line in ``misfits``.
         refusals: what cannot be merged truly.
@@ -45,7 +45,7 @@ class Bound:
 
     updates: list[Update] = field(default_factory=list)
     shared: dict[str, Replaced] = field(default_factory=dict)
-    copies: set[str] = field(default_factory=set)
+    copies: dict[str, Replaced] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
     absent: dict[int, str] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
@@ -93,9 +93,7 @@ class Binder:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor as the adapter's model has it: its own, where the adapter stores it whole."""
-        replaced = self.bound.shared.get(name) or next(
-            (update for update in self.bound.updates if isinstance(update, Replaced) and update.name == name), None
-        )
+        replaced = self.bound.shared.get(name) or self.bound.copies.get(name)
         if replaced is not None:
             return self.adapter.header.tensors[replaced.tensor].shape
         source = self._source(name)
@@ -371,7 +369,7 @@ class Binder:
             )
             return
         if trained:
-            self.bound.copies.add(update.name)
+            self.bound.copies[update.name] = update
             self.bound.updates.append(update)
         else:
             self.bound.shared[update.name] = update
