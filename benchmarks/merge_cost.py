@@ -1,6 +1,7 @@
 """What a merge costs, beside copying the base and beside PEFT's own script.
 
-    python benchmarks/merge_cost.py --work DIR [--size 1.5b] [--size 7b] [--rounds 3] [--without-peft] [--one-worker]
+    python benchmarks/merge_cost.py --work DIR [--size 1.5b] [--size 7b] [--rounds 3] [--without-peft]
+        [--without-numba] [--one-worker]
 
 Whole processes, in turn, each followed by a flush to the disk (``cp && sync``; ours flushes by itself), on a base of
 random bf16 weights in the shapes of Qwen2.5 (``benchmarks/synthetic.py``) and an adapter of rank 16 on all linear
@@ -73,6 +74,11 @@ def commands(base: Path, adapter: Path, out: Path, options: argparse.Namespace) 
         "cp && sync": ["sh", "-c", f"cp -r '{base}' '{out}-copy' && sync"],
         _OURS: [*ours, f"{out}-ours"],
     }
+    if options.without_numba:
+        plain = (
+            "import sys; sys.modules['numba'] = None; import runpy; runpy.run_module('tunesmith', run_name='__main__')"
+        )
+        found["without numba"] = [sys.executable, "-c", plain, *ours[3:], f"{out}-plain"]
     if options.one_worker:
         found["on one core"] = ["taskset", "-c", "0", *ours, f"{out}-one"]
     if not options.without_peft:
@@ -159,6 +165,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=SIZES, help="1.5b by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--without-numba", action="store_true", help="ours without the extra 'fast' too")
     parser.add_argument("--one-worker", action="store_true", help="ours on one core too")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
