@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, describe
-from tunesmith.checkpoint import VIEW_KINDS, BaseView, Checkpoint, cache_dir, locate_base, weights_sha256, write_error
+from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, view_of, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
@@ -351,20 +351,13 @@ def verify(
         weight=weight,
         adapters=[(checkpoint_of(as_run(other), FINAL).path, share) for other, share in adapters],
         base_is_residual=base_is_residual,
-        base_view=None if base_view is None else _view(base_view),
+        base_view=view_of(base_view),
         levels=levels,
         prompts=rows,
         **({"dtype": compute.dtype, "device": compute.device} if compute else {}),
         progress=progress,
         cancellation=cancellation,
     )
-
-
-def _view(kind: str) -> BaseView:
-    try:
-        return BaseView(kind)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise DataError("There is no such view of a base.", expected=", ".join(VIEW_KINDS), found=kind) from error
 
 
 class Report(Record):

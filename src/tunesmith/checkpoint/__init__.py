@@ -34,7 +34,7 @@ from tunesmith.checkpoint.tensors import (
     as_float64,
     stored_array,
 )
-from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind
+from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind, view_of
 
 __all__ = [
     "Array",
@@ -66,6 +66,7 @@ __all__ = [
     "sha256_of",
     "staged_directory",
     "stored_array",
+    "view_of",
     "weights_sha256",
     "write_at",
     "write_error",

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from tunesmith.checkpoint.directory import Checkpoint
 from tunesmith.checkpoint.tensors import Array, Float64, as_float64
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, DataError
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 
@@ -435,3 +435,17 @@ def _refusal(checkpoint: Checkpoint, reason: str, **facts: Any) -> CheckpointErr
     return CheckpointError(
         f"The base cannot be shown as a quantized training saw it: {reason}.", where=checkpoint.path, **facts
     )
+
+
+def view_of(kind: str | None) -> BaseView | None:
+    """The view of that name; None for the base as it is stored.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    found: ViewKind | None = next((known for known in VIEW_KINDS if known == kind), None)
+    if kind is None:
+        return None
+    if found is None:
+        raise DataError("There is no such view of a base.", expected=", ".join(VIEW_KINDS), found=kind)
+    return BaseView(found)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter, Binding, LowRank, Magnitude, Stack
 from tunesmith.checkpoint import (
-    VIEW_KINDS,
     BaseView,
     Checkpoint,
     check_free_space,
     check_out_dir,
     done_bytes,
     locate_base,
+    view_of,
 )
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
@@ -147,19 +147,6 @@ def _planned(chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, o
         seconds=_seconds(files, binding),
         warnings=(*binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
     )
-
-
-def view_of(kind: str | None) -> BaseView | None:
-    """The view of that name.
-
-    Raises:
-        BaseModelError: there is none.
-    """
-    try:
-        return None if kind is None else BaseView(kind)  # type: ignore[arg-type]
-    except ValueError as error:
-        expected = ", ".join(VIEW_KINDS)
-        raise BaseModelError("There is no such view of a base.", where=kind, expected=expected) from error
 
 
 def shards_of(

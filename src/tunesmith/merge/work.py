@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -135,15 +134,9 @@ def _silent(_count: int, _detail: str) -> None:
     pass
 
 
-# Of every thread its own: an opened adapter keeps what it read last, and does not expect two readers.
-_opened = threading.local()
-
-
+@lru_cache(maxsize=1)
 def _stack(context: Context) -> Stack:
-    if getattr(_opened, "context", None) != context:
-        _opened.context, _opened.stack = context, Stack(context.adapters)
-    stack: Stack = _opened.stack
-    return stack
+    return Stack(context.adapters)
 
 
 @lru_cache(maxsize=1)

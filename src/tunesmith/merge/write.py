@@ -27,12 +27,13 @@ from tunesmith.checkpoint import (
     read_json_object,
     resumable_stage,
     sha256_of,
+    view_of,
 )
 from tunesmith.errors import CheckpointError, OutputError
 from tunesmith.merge.journal import JOURNAL_FILE, FileLedger, Journal
 from tunesmith.merge.kernel import available, kernel
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
-from tunesmith.merge.plan import shards_of, view_of
+from tunesmith.merge.plan import shards_of
 from tunesmith.merge.records import Merged, MergePlan, Receipt, TensorFidelity
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.units import UNIT_BYTES, Context, units_of
