@@ -2,9 +2,10 @@
 
     python benchmarks/kill.py --work DIR [--kills 200] [--size 1.5b] [--seed 0]
 
-Every merge is killed after a random part of the time that an undisturbed one takes.  After each kill the target must
-not exist, or be whole; base and adapter must be as they were.  Four kills in a row hit the same unfinished merge; the
-fifth command runs to its end, and its files must have the bytes of an undisturbed merge.
+Every merge is killed after a random part of the time that an undisturbed one takes; it rounds as a merge does by
+default.  After each kill the target must not exist, or be whole; base and adapter must be as they were.  Four kills in
+a row hit the same unfinished merge; the fifth command runs to its end, and its files must have the bytes of an
+undisturbed merge.
 
 There is no peer: a script that is killed while it writes leaves half a directory under the final name.
 """

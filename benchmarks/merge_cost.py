@@ -1,15 +1,17 @@
 """What a merge costs, beside copying the base and beside PEFT's own script.
 
     python benchmarks/merge_cost.py --work DIR [--size 1.5b] [--size 7b] [--rounds 3] [--without-peft]
-        [--without-numba] [--one-worker]
+        [--without-numba] [--one-worker] [--rounding nearest] [--rounding faithful]
 
 Whole processes, in turn, each followed by a flush to the disk (``cp && sync``; ours flushes by itself), on a base of
 random bf16 weights in the shapes of Qwen2.5 (``benchmarks/synthetic.py``) and an adapter of rank 16 on all linear
-layers.  Medians over the rounds; memory is the peak resident set of the process.  The bytes of both merges are
-compared, and where they differ the exact value is computed: PEFT sums in float32 before it rounds to bf16, which lands
-on the wrong side of a tie now and then.
+layers.  Medians over the rounds; memory is the peak resident set of the process.  PEFT rounds to nearest, so that is
+what is measured beside it, unless other roundings are named; each that is gets a row, in turn with all the others.  The
+bytes of PEFT's merge and of ours to nearest are compared, and where they differ the exact value is computed: PEFT sums
+in float32 before it rounds to bf16, which lands on the wrong side of a tie now and then.
 
-The bars: at most 1.2 × the copy, at least 8 × faster than PEFT, at most 400 MB, the same for 7 B as for 1.5 B.
+The bars: at most 1.2 × the copy, at least 8 × faster than PEFT, at most 400 MB, the same for 7 B as for 1.5 B; faithful
+at most 2.5 × the time of nearest, at most 500 MB.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from synthetic import SIZES
 from tunesmith.adapter import LowRank, Stack
 from tunesmith.checkpoint import Checkpoint, as_float64
 
+DATA_FREE = ("nearest", "stochastic", "faithful")
+
 PEFT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -42,7 +46,7 @@ import os; os.sync()
 """
 
 
-_OURS, _PEER = "tunesmith merge", "PEFT's script"
+_NEAREST, _PEER = "nearest", "PEFT's script"
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,17 @@ def measure(command: list[str]) -> Cost:
 
 
 def commands(base: Path, adapter: Path, out: Path, options: argparse.Namespace) -> dict[str, list[str]]:
-    """The contenders."""
-    ours = [sys.executable, "-m", "tunesmith", "merge", str(adapter), "--base", str(base), "--out"]
-    found = {
-        "cp && sync": ["sh", "-c", f"cp -r '{base}' '{out}-copy' && sync"],
-        _OURS: [*ours, f"{out}-ours"],
-    }
-    if options.without_numba:
-        plain = (
-            "import sys; sys.modules['numba'] = None; import runpy; runpy.run_module('tunesmith', run_name='__main__')"
-        )
-        found["without numba"] = [sys.executable, "-c", plain, *ours[3:], f"{out}-plain"]
-    if options.one_worker:
-        found["on one core"] = ["taskset", "-c", "0", *ours, f"{out}-one"]
+    """The contenders; ours are named by their rounding."""
+    found = {"cp && sync": ["sh", "-c", f"cp -r '{base}' '{out}-copy' && sync"]}
+    plain = "import sys; sys.modules['numba'] = None; import runpy; runpy.run_module('tunesmith', run_name='__main__')"
+    for rounding in options.rounding or [_NEAREST]:
+        merge = ["merge", str(adapter), "--base", str(base), "--rounding", rounding, "--out"]
+        ours = [sys.executable, "-m", "tunesmith", *merge]
+        found[rounding] = [*ours, f"{out}-{rounding}"]
+        if options.without_numba:
+            found[f"{rounding}, no numba"] = [sys.executable, "-c", plain, *merge, f"{out}-{rounding}-plain"]
+        if options.one_worker:
+            found[f"{rounding}, one core"] = ["taskset", "-c", "0", *ours, f"{out}-{rounding}-one"]
     if not options.without_peft:
         found[_PEER] = [sys.executable, "-c", PEFT, str(base), str(adapter), f"{out}-peft"]
     return found
@@ -136,24 +138,24 @@ def run_size(size: str, options: argparse.Namespace) -> None:
     out = options.work / f"out-{size}"
     contenders = commands(base, adapter, out, options)
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+    compared = (f"out-{size}-{_NEAREST}", f"out-{size}-peft")
     for turn in range(options.rounds):
         for name, command in contenders.items():
             costs[name].append(measure(command))
-            if turn + 1 < options.rounds or name not in (_OURS, _PEER):
-                for made in options.work.glob(f"out-{size}-*"):
-                    if turn + 1 < options.rounds or not made.name.endswith(("-ours", "-peft")):
-                        shutil.rmtree(made)
+            for made in options.work.glob(f"out-{size}-*"):
+                if turn + 1 < options.rounds or made.name not in compared:
+                    shutil.rmtree(made)
     print(f"\n{size}: {total / 1e9:.2f} GB, {options.rounds} rounds, medians; disk {disk_rate(options.work):,.0f} MB/s")
-    print(f"{'':<18}{'wall s':>9}{'CPU s':>9}{'peak MB':>9}{'wall / cp':>11}{'PEFT / wall':>13}   rounds")
+    print(f"{'':<20}{'wall s':>9}{'CPU s':>9}{'peak MB':>9}{'wall / cp':>11}{'PEFT / wall':>13}   rounds")
     medians = {name: statistics.median(cost.wall_s for cost in rows) for name, rows in costs.items()}
     for name, rows in costs.items():
         cpu, peak = (statistics.median(getattr(cost, key) for cost in rows) for key in ("cpu_s", "peak_mb"))
         peft = f"{medians[_PEER] / medians[name]:.1f}" if _PEER in medians else "-"
         each = ", ".join(f"{cost.wall_s:.2f}" for cost in rows)
         ratio = medians[name] / medians["cp && sync"]
-        print(f"{name:<18}{medians[name]:>9.2f}{cpu:>9.2f}{peak:>9.0f}{ratio:>11.2f}{peft:>13}   {each}")
-    if not options.without_peft:
-        print(compare_bytes(base, adapter, Path(f"{out}-ours"), Path(f"{out}-peft")))
+        print(f"{name:<20}{medians[name]:>9.2f}{cpu:>9.2f}{peak:>9.0f}{ratio:>11.2f}{peft:>13}   {each}")
+    if _PEER in contenders and _NEAREST in contenders:
+        print(compare_bytes(base, adapter, Path(f"{out}-{_NEAREST}"), Path(f"{out}-peft")))
     for old in options.work.glob(f"out-{size}-*"):
         shutil.rmtree(old)
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=SIZES, help="1.5b by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--rounding", action="append", choices=DATA_FREE, help="nearest by default, as PEFT rounds")
     parser.add_argument("--without-numba", action="store_true", help="ours without the extra 'fast' too")
     parser.add_argument("--one-worker", action="store_true", help="ours on one core too")
     options = parser.parse_args()

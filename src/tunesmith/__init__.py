@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api import compute_dtype as compute_dtype
     from tunesmith.api import inspect as inspect
     from tunesmith.api import load_variants as load_variants
+    from tunesmith.api import merge as merge
     from tunesmith.api import output_file as output_file
     from tunesmith.api import report as report
     from tunesmith.api import train as train
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
     from tunesmith.doctor import doctor as doctor
     from tunesmith.errors import Cancelled as Cancelled
     from tunesmith.errors import TunesmithError as TunesmithError
+    from tunesmith.merge import Forecast as Forecast
     from tunesmith.merge import Merged as Merged
     from tunesmith.merge import MergePlan as MergePlan
-    from tunesmith.merge import merge as merge
     from tunesmith.merge import plan_merge as plan_merge
     from tunesmith.models import Generation as Generation
     from tunesmith.models import GenerationSettings as GenerationSettings
@@ -73,6 +74,7 @@ _HOME = {
     "Conversation": "conversations",
     "DemoResult": "demo",
     "Finding": "record",
+    "Forecast": "merge",
     "Generation": "models",
     "GenerationSettings": "models",
     "Health": "doctor",
@@ -95,7 +97,7 @@ _HOME = {
     "generate": "models",
     "inspect": "api",
     "load_variants": "api",
-    "merge": "merge",
+    "merge": "api",
     "open_run": "runs",
     "output_file": "api",
     "plan_merge": "merge",

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunesmith.adapter import Adapter, AdapterFacts, describe
+from tunesmith.adapter import Adapter, AdapterFacts, LowRank, Stack, describe
 from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, view_of, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
 from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, DataError, OutputError
-from tunesmith.merge import Merged
-from tunesmith.models import BASE, ComputeDtype, GenerationSettings, VariantSet, dtype_name
+from tunesmith.merge import CALIBRATED, Forecast, Merged, MergePlan, forecast
+from tunesmith.merge import merge as merge_weights
+from tunesmith.models import (
+    BASE,
+    ComputeDtype,
+    GenerationSettings,
+    VariantSet,
+    dtype_name,
+    encode_calibration_rows,
+    record_inputs,
+    write_calibration_text,
+)
 from tunesmith.models import compute_dtype as measure_compute_dtype
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Record
@@ -39,12 +51,15 @@ class Inspection(Record):
         adapter: the inspected adapter.
         checkpoint: which of the run's adapters that is.
         base: the base's directory; None where it is not at hand.
+        forecast: what rounding would keep of the update in a merge; None without the base, or where nothing that can
+            be merged was sampled.
     """
 
     run: Run
     adapter: AdapterFacts
     checkpoint: str
     base: str | None = None
+    forecast: Forecast | None = None
 
 
 class ChatTurn(Record):
@@ -120,7 +135,16 @@ def inspect(run: Run | StrPath, *, base: str | None = None, checkpoint: str | in
         adapter=describe(adapter, model),
         checkpoint=chosen.name,
         base=str(model.path.resolve()) if model else None,
+        forecast=_forecast(chosen.path, model) if model else None,
     )
+
+
+def _forecast(adapter: str, base: Checkpoint) -> Forecast | None:
+    try:
+        stack = Stack([(adapter, 1.0)])
+        return forecast(base, stack, stack.bind(base))
+    except AdapterError:  # what cannot be merged is told elsewhere
+        return None
 
 
 def train(
@@ -281,6 +305,82 @@ def compare(
         progress=progress,
         cancellation=cancellation,
     )
+
+
+def merge(
+    plan: MergePlan,
+    *,
+    executor: Executor | None = None,
+    sha256: bool = False,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Merged:
+    """Carry out a plan of ``plan_merge``.  The target appears whole at the end, or not at all.
+
+    Calibrated rounding first has the live, tuned model write text, or read the user's rows, in float32, and keeps what
+    its adapted modules are given beside the target until the merge has ended.
+
+    Args:
+        plan: what will be done.
+        executor: what runs the units of work; None for a pool of threads, one a core.
+        sha256: also hash every file of weights when it is in place.
+        progress: told of the work's parts.
+        cancellation: read between tiles and tokens.
+
+    Returns:
+        What was written, and what rounding kept of the update.
+
+    Raises:
+        Cancelled: stopped on request; nothing is left behind.
+        TunesmithError: as :func:`tunesmith.merge.merge`; and for calibrated rounding, the model cannot be loaded, or
+            there is nothing to calibrate on.
+    """
+    with recorded_inputs(plan, progress, cancellation) as inputs:
+        return merge_weights(
+            plan, executor=executor, inputs=inputs, sha256=sha256, progress=progress, cancellation=cancellation
+        )
+
+
+@contextmanager
+def recorded_inputs(
+    plan: MergePlan, progress: ProgressCallback, cancellation: Cancellation | None
+) -> Iterator[Path | None]:
+    """What the modules with a low-rank update are given in the live model, in a folder that goes afterwards.
+
+    None where the plan's rounding does not ask for it.
+    """
+    if plan.rounding not in CALIBRATED:
+        yield None
+        return
+    run, adapter = as_run(plan.run), plan.adapters[0].adapter
+    tokens = tokenizer_dir(run, checkpoint_of(run, plan.checkpoint), Path(plan.base))
+    if tokens is None:
+        raise BaseModelError("Neither the run nor the base holds a tokenizer.", where=run.path, found=plan.base)
+    rows = read_conversations(plan.calibration) if plan.calibration is not None else None
+    compute = compute_dtype("fp32")
+    variants = VariantSet.load(
+        plan.base,
+        adapters={FINAL: adapter},
+        tokenizer_dir=tokens,
+        dtype=compute.dtype,
+        device=compute.device,
+        progress=progress,
+    )
+    if rows is None:
+        sequences = write_calibration_text(
+            variants, FINAL, seed=plan.seed, progress=progress, cancellation=cancellation
+        )
+    else:
+        sequences = encode_calibration_rows(variants, FINAL, rows)
+    modules = {update.module: None for update in plan.binding.updates if isinstance(update, LowRank)}
+    folder = Path(plan.out).with_name(f".{Path(plan.out).name}.inputs")
+    shutil.rmtree(folder, ignore_errors=True)  # a killed merge may have left it
+    try:
+        record_inputs(variants, FINAL, sequences, list(modules), folder, progress=progress, cancellation=cancellation)
+        del variants  # the rounding needs the memory
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def verify(

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
+from tests.cli.ready import Ready
 from tests.tiny_models import TinyRun
 
 
@@ -46,6 +49,16 @@ class Cli:
         ours = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LC_ALL")}
         return {**ours, "HF_HUB_OFFLINE": "1", "TUNESMITH_HOME": str(self.home), "LANG": "C.UTF-8", **more}
 
+    @cached_property
+    def ready(self) -> Ready:
+        """A process that has the libraries loaded."""
+        return Ready(self.environment())
+
+    def close(self) -> None:
+        """End it, where it was begun."""
+        if "ready" in self.__dict__:
+            self.ready.close()
+
     def start(self, *arguments: object, **options: object) -> subprocess.Popen[str]:
         """Start a command and hand it back running."""
         return subprocess.Popen(
@@ -63,13 +76,19 @@ class Cli:
         cwd: Path | None = None,
         stdin: str | bytes = b"",
         preexec: Callable[[], None] | None = None,
+        fresh: bool = False,
         **environment: str,
     ) -> Result:
-        """Run a command to its end."""
+        """Run a command to its end, ``fresh`` in an interpreter that has imported nothing; each verb is so somewhere."""
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        if not (fresh or preexec or environment):
+            with tempfile.TemporaryDirectory(dir=self.home) as folder:
+                code, out, err = self.ready.run([*map(str, arguments)], cwd=cwd, stdin=data, folder=Path(folder))
+            return Result(code, out.decode(), err.decode())
         done = subprocess.run(
             [sys.executable, "-m", "tunesmith", *map(str, arguments)],
             cwd=cwd,
-            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            input=data,
             capture_output=True,
             env=self.environment(**environment),
             preexec_fn=preexec,
@@ -80,9 +99,11 @@ class Cli:
 
 
 @pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """The command."""
-    return Cli(tmp_path_factory.mktemp("home"))
+    made = Cli(tmp_path_factory.mktemp("home"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def truncate(path: Path, by: int = 100) -> None:
 
 def test_run_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
     """The path is named, and what was expected there."""
-    refused(cli("inspect", tmp_path / "nope"), "not there", str(tmp_path / "nope"), "expected:")
+    refused(cli("inspect", tmp_path / "nope", fresh=True), "not there", str(tmp_path / "nope"), "expected:")
 
 
 def test_run_that_is_a_file(cli: Cli, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def rows(folder: Path) -> Path:
 def merged(cli: Cli, run_dir: Path, folder: Path) -> Path:
     """The run, merged by the command line, with its record beside it."""
     out = folder / "merged"
-    done = cli("merge", run_dir, "--out", out, "--record", folder / "merge.json")
+    done = cli("merge", run_dir, "--out", out, "--record", folder / "merge.json", fresh=True)
     assert done.code == 0, done.err
     return out
 
@@ -56,18 +56,19 @@ def compared(cli: Cli, run_dir: Path, rows: Path, folder: Path) -> Result:
     """One comparison, as JSON on stdout and in a file."""
     variants = "base,final,checkpoint-10"
     out = folder / "comparison.json"
-    return cli("compare", run_dir, "--variants", variants, "--data", rows, "--out", out, "--json", *GREEDY)
+    options = ("--variants", variants, "--data", rows, "--out", out, "--json", *GREEDY)
+    return cli("compare", run_dir, *options, fresh=True)
 
 
 @pytest.fixture(scope="module")
 def verified(cli: Cli, run_dir: Path, merged: Path, folder: Path, rows: Path) -> Result:
     """A full verification."""
-    return cli("verify", run_dir, merged, "--prompts", rows, "--out", folder / "verdict.json")
+    return cli("verify", run_dir, merged, "--prompts", rows, "--out", folder / "verdict.json", fresh=True)
 
 
 def test_inspect_prints_facts_and_the_next_command(cli: Cli, run_dir: Path) -> None:
     """A person sees the adapter, the files and what to type next; a pipe gets no escape codes."""
-    done = cli("inspect", run_dir)
+    done = cli("inspect", run_dir, fresh=True)
     assert (done.code, done.err) == (0, "")
     assert "r = 2, alpha = 8, scaling = 4" in done.out or "r = 4, alpha = 8, scaling = 2" in done.out
     assert "adapter_model.safetensors" in done.out
@@ -87,7 +88,7 @@ def test_inspect_json_reads_back_as_its_record(cli: Cli, run_dir: Path) -> None:
 
 def test_chat_answers_once_and_says_that_the_reply_was_cut(cli: Cli, run_dir: Path) -> None:
     """The reply alone is on stdout; why it ended and how to get the rest is on stderr."""
-    done = cli("chat", run_dir, "--prompt", "Hello", "--greedy", *GREEDY)
+    done = cli("chat", run_dir, "--prompt", "Hello", "--greedy", *GREEDY, fresh=True)
     assert done.code == 0, done.err
     assert done.out.endswith("\n")
     assert "cut at the limit; 8 tokens" in done.err
@@ -159,13 +160,15 @@ def test_merge_names_the_verification_of_the_same_checkpoint(cli: Cli, run_dir: 
 
 
 def test_merge_passes_every_option_on(cli: Cli, run_dir: Path, tmp_path: Path) -> None:
-    """Weights, further adapters, dtype and file size; and the next command repeats what verify must know."""
+    """Weights, adapters, dtype, rounding and file size; and the next command repeats what verify must know."""
     other = run_dir / "checkpoint-10"
     options = ["--adapter", f"{other}:-0.25", "--dtype", "bf16", "--shard-size", "60KB"]
+    options += ["--rounding", "stochastic", "--seed", "5"]
     merge = ["merge", f"{run_dir}:0.5", "--out", tmp_path / "out", *options]
     plan = ts.MergePlan.model_validate_json(cli(*merge, "--dry-run", "--json").out)
     assert [(one.run, one.weight) for one in plan.adapters] == [(str(run_dir), 0.5), (str(other), -0.25)]
     assert (plan.convert_to, plan.shard_bytes, len(plan.shards) > 1) == ("BF16", 60_000, True)
+    assert (plan.rounding, plan.seed, plan.calibration) == ("stochastic", 5, None)
     done = cli(*merge)
     assert done.code == 0, done.err
     assert f"final of {run_dir}, times 0.5" in done.out
@@ -224,7 +227,7 @@ def test_report_needs_no_model_where_all_records_are_given(
     folder = merged.parent
     assert compared.code == verified.code == 0
     records = ("--comparison", "comparison.json", "--verdict", "verdict.json", "--merge-record", "merge.json")
-    done = cli("report", run_dir, merged, *records, "--out", "report.html", "--json", cwd=folder)
+    done = cli("report", run_dir, merged, *records, "--out", "report.html", "--json", cwd=folder, fresh=True)
     assert done.code == 0, done.err
     report = ts.Report.model_validate_json(done.out)
     assert report.path == "report.html"
@@ -234,7 +237,7 @@ def test_report_needs_no_model_where_all_records_are_given(
 
 def test_doctor_shows_the_machine(cli: Cli) -> None:
     """Versions, memory and what is missing, as text and as a record."""
-    done = cli("doctor", "--dtype", "fp32", "--json")
+    done = cli("doctor", "--dtype", "fp32", "--json", fresh=True)
     health = ts.Health.model_validate_json(done.out)
     assert (done.code, done.err) == (0, "")
     assert health.versions["tunesmith"] == ts.__version__
@@ -259,7 +262,7 @@ def test_train_ends_with_a_run_that_inspect_reads(cli: Cli, tiny: TinyRun, rows:
     }
     recipe.write_text(json.dumps(keys))
     out = tmp_path / "out"
-    done = cli("train", recipe, "max_steps=2", f"output_dir={out}")
+    done = cli("train", recipe, "max_steps=2", f"output_dir={out}", fresh=True)
     assert done.code == 0, done.err
     assert f"Next: tunesmith inspect {out}" in done.out
     assert "2 steps, training loss" in done.out

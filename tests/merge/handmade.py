@@ -64,6 +64,7 @@ def carry_out(
     *,
     convert_to: str | None = None,
     shard_bytes: int | None = None,
+    rounding: str = "nearest",
     compiled: bool = False,
     executor: Executor | None = None,
 ) -> tuple[tuple[OutputFile, ...], dict[str, TileSums]]:
@@ -74,7 +75,7 @@ def carry_out(
     for file in files:
         with (out / file.filename).open("wb") as target:
             target.truncate(file.size_bytes)
-    context = Context(str(base), weighted, compiled, fingerprint=str(out))
+    context = Context(str(base), weighted, rounding=rounding, compiled=compiled, fingerprint=str(out))
     units = units_of(files, model, binding, stage=out, context=context)[::-1]
     run: Callable[..., Any] = map if executor is None else executor.map
     sums: dict[str, TileSums] = {}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.merge.conftest import Bench
-from tests.merge.handmade import carry_out, file_bytes
-from tests.merge.test_kinds import everything
+from tests.merge.handmade import carry_out, file_bytes, numbers, write_model, write_tensors
+from tests.merge.test_kinds import everything, low
+from tunesmith.adapter import Binding
 from tunesmith.checkpoint import as_float64, weights_sha256
 from tunesmith.merge import kernel, merge, plan_merge, units, work, write
+from tunesmith.merge.rounders import calibrated, faithful
+from tunesmith.merge.rounding import DenseHessian, Feedback, LowRankHessian, row_space
 from tunesmith.merge.tiles import settle_tile
 
 pytest.importorskip("numba", reason="the extra 'fast' is not installed")
@@ -70,35 +75,187 @@ def test_what_is_rare_is_handed_back(pattern: int, delta: float) -> None:
     assert kernel.settle_bf16(stored, deltas, np.empty_like(stored)) is None
 
 
+def bf16(values: np.ndarray) -> np.ndarray:
+    """Numbers cut to bf16's digits, as patterns."""
+    return np.ascontiguousarray((values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+
+
+def both_panels(stored: np.ndarray, b: np.ndarray, a: np.ndarray, rounder: Feedback) -> tuple[np.ndarray, np.ndarray]:
+    """The same rows with feedback by the compiled and the plain way; the sums that both tell must agree."""
+    merged = np.empty_like(stored)
+    sums = kernel.settle_panel(stored, b, a, rounder, merged)
+    plain, expected = settle_tile(as_float64(stored, "BF16"), b @ a, "BF16", kept_TI=stored, rounder=rounder)
+    assert sums is not None
+    assert asdict(sums) == pytest.approx(asdict(expected), rel=1e-9)
+    assert sums.unchanged == expected.unchanged
+    assert sums.beyond == expected.beyond
+    assert sums.nearest_unchanged == expected.nearest_unchanged
+    return merged, plain
+
+
+SHAPES = [(1, 1, 1), (3, 31, 2), (255, 64, 1), (256, 33, 8), (257, 96, 16), (40, 500, 64), (7, 5, 9)]
+
+
+@pytest.mark.parametrize("clamp", [True, False], ids=["clamped", "free"])
+@pytest.mark.parametrize("scale", [1e-4, 3e-3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}-{0[1]}-{0[2]}".format)
+def test_feedback_rounds_to_the_same_bytes(shape: tuple[int, int, int], scale: float, clamp: bool) -> None:
+    """Rows and columns that fill no panel and no block, ranks beyond the number of columns, zeros of both signs."""
+    rows, columns, r = shape
+    rng = np.random.default_rng(rows * columns + r)
+    stored = bf16(rng.standard_normal((rows, columns)))
+    a, b = rng.standard_normal((r, columns)), rng.standard_normal((rows, r)) * scale
+    bare = rng.random(rows) < 0.2  # rows that nothing is added to
+    b[bare] = 0.0
+    zero = rng.random(stored.shape) < 0.02
+    if not clamp:
+        zero[bare] = False  # a wish of exactly zero is rare
+    stored[zero] = rng.choice(np.array([0x0000, 0x8000], np.uint16), int(zero.sum()))
+    hessian = LowRankHessian((10 * columns / min(r, columns)) ** 0.5 * row_space(a))
+    merged, plain = both_panels(stored, b, a, Feedback(hessian, basis_IM=row_space(a), clamp=clamp))
+    assert np.array_equal(merged, plain)
+
+
+@pytest.mark.parametrize("clamp", [True, False], ids=["clamped", "free"])
+@pytest.mark.parametrize("tokens", [20, 400], ids=["low-rank", "dense"])
+def test_feedback_by_recorded_inputs_rounds_to_the_same_bytes(tokens: int, clamp: bool) -> None:
+    """In an order of columns that is not as they lie, by either form of H."""
+    rng = np.random.default_rng(tokens)
+    stored, a = bf16(rng.standard_normal((130, 75))), rng.standard_normal((4, 75))
+    inputs = rng.standard_normal((tokens, 75)) * np.exp(rng.standard_normal(75))
+    rounder = calibrated(inputs, np.exp(rng.standard_normal(75)), a, clamp=clamp)
+    assert isinstance(rounder.hessian, LowRankHessian if tokens < 75 else DenseHessian)
+    assert rounder.hessian.order is not None
+    merged, plain = both_panels(stored, rng.standard_normal((130, 4)) * 3e-3, a, rounder)
+    assert np.array_equal(merged, plain)
+    assert not np.array_equal(merged, both(stored, np.zeros(stored.shape))[0])
+
+
+def test_feedback_starts_from_every_ordinary_number_of_the_format() -> None:
+    """All bf16 patterns but the rare, in rows of numbers of about one size, with an update of about a step."""
+    patterns = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+    size = np.abs(as_float64(patterns, "BF16"))
+    ordinary = patterns[(size >= 2.0**-110) & (size < 2.0**126)]
+    order = np.argsort(np.abs(as_float64(ordinary, "BF16")), kind="stable")
+    stored = np.ascontiguousarray(ordinary[order][: len(order) // 64 * 64].reshape(-1, 64))
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal((3, 64))
+    b = rng.standard_normal((len(stored), 3)) * np.abs(as_float64(stored, "BF16")).max(axis=1, keepdims=True) * 2.0**-8
+    for clamp in (True, False):
+        rounder = Feedback(faithful(a).hessian, basis_IM=row_space(a), clamp=clamp)
+        merged, plain = both_panels(stored, b, a, rounder)
+        assert np.array_equal(merged, plain)
+
+
+def rare_panel(pattern: int, delta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, Feedback]:
+    """Ordinary rows but for one number, with an update of one row and column."""
+    stored, a, b = np.full((4, 40), 0x3F80, np.uint16), np.zeros((1, 40)), np.zeros((4, 1))
+    stored[2, 35], a[0, 35], b[2, 0] = pattern, 1.0, delta
+    return stored, b, a, faithful(a)
+
+
+RARE: list[tuple[int, float]] = [
+    (0x7F80, 0.0), (0xFFC0, 0.0), (0x3F80, 1e39), (0x7F7F, 3e36), (0x7F7F, 0.0), (0xFF7F, 0.0), (0x0001, 0.0),
+    (0x8001, 0.0), (0x0000, 1e-40), (0, -1e-45), (0, np.nan), (0x0080, -1e-41),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "delta"), RARE)
+def test_what_is_rare_is_handed_back_with_feedback_too(pattern: int, delta: float) -> None:
+    """Infinity, NaN, overflow, subnormal results, and the largest number, which has no outer neighbour."""
+    stored, b, a, rounder = rare_panel(pattern, delta)
+    assert kernel.settle_panel(stored, b, a, rounder, np.empty_like(stored)) is None
+
+
+def test_what_is_just_not_rare_is_rounded_to_the_same_bytes() -> None:
+    """The least normal number and the last one that has an outer neighbour, in both signs, a little moved."""
+    for pattern, delta in ((0x0080, 1e-41), (0x8080, -1e-41), (0x7F7E, 0.0), (0x7F7E, -1e35), (0xFF7E, 0.0), (0, 0.0)):
+        merged, plain = both_panels(*rare_panel(pattern, delta))
+        assert np.array_equal(merged, plain), hex(pattern)
+
+
+def test_a_number_that_free_feedback_would_make_infinite_is_handed_back() -> None:
+    """One column's error can only be made up for by many steps of the last: the plain way takes the largest number."""
+    stored, a = np.full((4, 40), 0x7F00, np.uint16), np.zeros((1, 40))
+    stored[:, 39], a[0, 0], a[0, 39] = 0x7F7E, 64.0, 1.0
+    b = np.full((4, 1), 0.4 * 2.0**120 / 64)  # 2¹²⁰ is a step
+    rounder = Feedback(LowRankHessian(1e3 * row_space(a)), basis_IM=row_space(a), clamp=False)
+    assert kernel.settle_panel(stored, b, a, rounder, np.empty_like(stored)) is None
+    plain, sums = settle_tile(as_float64(stored, "BF16"), b @ a, "BF16", kept_TI=stored, rounder=rounder)
+    assert plain[:, 39].tolist() == [0x7F7F] * 4
+    assert np.isfinite(sums.error_error)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "faithful"])
 @pytest.mark.parametrize("tile", [64, 1 << 16])
-def test_units_write_the_same_bytes_compiled_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    """Every kind of update, most of which only the plain way knows."""
+def test_units_write_the_same_bytes_compiled_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, rounding: str
+) -> None:
+    """Every kind of update, most of which only the plain way knows; so it is for stochastic rounding as a whole."""
     monkeypatch.setattr(work, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(work._Fast, "PANEL_ROWS", 7)
     base, adapters, binding = everything(tmp_path)
-    seen = []
-    real = work.settle_bf16
-    monkeypatch.setattr(work, "settle_bf16", lambda *args: seen.append(1) or real(*args))
-    carry_out(base, adapters, binding, tmp_path / "plain")
+    seen = watched(monkeypatch)
+    _, slow = carry_out(base, adapters, binding, tmp_path / "plain", rounding=rounding)
     assert not seen
-    carry_out(base, adapters, binding, tmp_path / "fast", compiled=True)
-    assert seen
+    _, fast = carry_out(base, adapters, binding, tmp_path / "fast", rounding=rounding, compiled=True)
+    assert set(seen) == {"nearest": {"settle_bf16"}, "stochastic": set(), "faithful": {"settle_panel"}}[rounding]
     assert file_bytes(tmp_path / "plain") == file_bytes(tmp_path / "fast")
+    for name, sums in fast.items():
+        assert asdict(sums) == pytest.approx(asdict(slow[name]), rel=1e-9), name
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "faithful"])
+def test_a_rare_number_in_a_compiled_tensor_is_rounded_the_plain_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+) -> None:
+    """Subnormal numbers in one row: its panel is done anew, and the bytes and sums are those of the plain way."""
+    monkeypatch.setattr(work._Fast, "PANEL_ROWS", 8)
+    monkeypatch.setattr(work._Fast, "ELEMENTS", 8 * 40)
+    w, a, b = numbers(30, 40), numbers(3, 40, seed=1, dtype="F32"), numbers(30, 3, seed=2, dtype="F32", scale=1e-3)
+    w[13] = 1e-39
+    b[13] *= 1e-36
+    base, adapter = write_model(tmp_path / "base", {"w": w}), write_tensors(tmp_path / "adapter", {"a": a, "b": b})
+    binding = Binding(updates=(low("w"),))
+    _, slow = carry_out(base, [adapter], binding, tmp_path / "plain", rounding=rounding)
+    handed: list[bool] = []
+    for name in ("settle_bf16", "settle_panel"):
+        real = getattr(work, name)
+
+        def noted(*args: Any, real: Any = real) -> Any:
+            found = real(*args)
+            handed.append(found is None)
+            return found
+
+        monkeypatch.setattr(work, name, noted)
+    _, fast = carry_out(base, [adapter], binding, tmp_path / "fast", rounding=rounding, compiled=True)
+    assert sorted(handed) == [False, False, False, True]
+    assert file_bytes(tmp_path / "plain") == file_bytes(tmp_path / "fast")
+    assert asdict(fast["w"]) == pytest.approx(asdict(slow["w"]), rel=1e-9)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the compiled functions that are called from now on."""
+    seen: list[str] = []
+    for name in ("settle_bf16", "settle_panel"):
+        real = getattr(work, name)
+        monkeypatch.setattr(work, name, lambda *args, real=real, name=name: seen.append(name) or real(*args))
+    return seen
+
+
+@pytest.mark.parametrize(("rounding", "function"), [("nearest", "settle_bf16"), ("auto", "settle_panel")])
 def test_a_large_merge_is_compiled_and_a_small_one_is_not(
-    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, rounding: str, function: str
 ) -> None:
     """To load the compiler takes longer than a small merge; the bytes are the same."""
     monkeypatch.setattr(units, "UNIT_BYTES", 40_000)
-    seen = []
-    real = work.settle_bf16
-    monkeypatch.setattr(work, "settle_bf16", lambda *args: seen.append(1) or real(*args))
+    seen = watched(monkeypatch)
     base = str(bench.bases["BF16", "single"])
-    small = merge(plan_merge(bench.runs["plain"], tmp_path / "small", base=base))
+    small = merge(plan_merge(bench.runs["plain"], tmp_path / "small", base=base, rounding=rounding))
     assert not seen
     monkeypatch.setattr(write, "COMPILE_FROM_BYTES", 1)
-    large = merge(plan_merge(bench.runs["plain"], tmp_path / "large", base=base))
-    assert seen
+    large = merge(plan_merge(bench.runs["plain"], tmp_path / "large", base=base, rounding=rounding))
+    assert set(seen) == {function}
     assert weights_sha256(small.path) == weights_sha256(large.path)
 
 
@@ -108,22 +265,24 @@ def test_without_the_compiler_a_large_merge_is_done_the_plain_way(
     """The extra is optional."""
     monkeypatch.setattr(write, "COMPILE_FROM_BYTES", 1)
     monkeypatch.setattr(write, "available", lambda: False)
-    monkeypatch.setattr(work, "settle_bf16", lambda *_: pytest.fail("was compiled"))
+    for name in ("settle_bf16", "settle_panel"):
+        monkeypatch.setattr(work, name, lambda *_: pytest.fail("was compiled"))
     merge(plan_merge(bench.runs["plain"], tmp_path / "out", base=str(bench.bases["BF16", "single"])))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "faithful"])
 def test_a_compiler_that_does_not_fit_is_done_without(
-    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
     """Numba refuses to load beside a NumPy that is newer than itself."""
     base = str(bench.bases["BF16", "single"])
-    expected = merge(plan_merge(bench.runs["plain"], tmp_path / "a", base=base))
+    expected = merge(plan_merge(bench.runs["plain"], tmp_path / "a", base=base, rounding=rounding))
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr(write, "COMPILE_FROM_BYTES", 1)
     monkeypatch.setattr(write, "available", lambda: True)
-    kernel._compiled.cache_clear()
+    kernel._compile.cache_clear()
     try:
-        found = merge(plan_merge(bench.runs["plain"], tmp_path / "b", base=base))
+        found = merge(plan_merge(bench.runs["plain"], tmp_path / "b", base=base, rounding=rounding))
     finally:
-        kernel._compiled.cache_clear()
+        kernel._compile.cache_clear()
     assert found.receipts == expected.receipts

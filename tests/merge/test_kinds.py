@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +18,10 @@ from tests.merge.handmade import Tensors, carry_out, file_bytes, load, numbers, 
 from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Rows, Update
 from tunesmith.errors import CheckpointError
 from tunesmith.merge import units, work
+from tunesmith.merge.tiles import TileSums
 
 DTYPES = ["BF16", "F16", "F32"]
+ROUNDINGS = ["nearest", "stochastic", "faithful"]
 
 
 def low(name: str, a: str = "a", b: str = "b", **more: object) -> LowRank:
@@ -281,29 +285,58 @@ def everything(root: Path) -> tuple[Path, list[Path], Binding]:
     return base, adapters, Binding(updates=updates, shapes={"score": (2, 16), "head": (40, 16)})
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of everything in one unit a file and one tile a tensor."""
+@dataclass(frozen=True)
+class Whole:
+    """What everything becomes in one unit a file and one tile a tensor.
+
+    Attributes:
+        rounding: how what has a low-rank update was rounded.
+        files: the bytes of every file of weights.
+        sums: what rounding kept of every tensor.
+    """
+
+    rounding: str
+    files: dict[str, bytes]
+    sums: dict[str, TileSums]
+
+
+@pytest.fixture(scope="module", params=ROUNDINGS)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Everything, uncut, for each rounding that needs no data."""
     root = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(units, "UNIT_BYTES", 1 << 30)
         patch.setattr(work, "TILE_ELEMENTS", 1 << 30)
         base, adapters, binding = everything(root)
-        carry_out(base, adapters, binding, root / "out")
-    return file_bytes(root / "out")
+        _, sums = carry_out(base, adapters, binding, root / "out", rounding=request.param)
+    return Whole(request.param, file_bytes(root / "out"), sums)
+
+
+def test_the_roundings_make_different_bytes(tmp_path: Path) -> None:
+    """Or that they do not depend on how the work is cut would be shown of one only."""
+    base, adapters, binding = everything(tmp_path)
+    made = []
+    for rounding in ROUNDINGS:
+        carry_out(base, adapters, binding, tmp_path / rounding, rounding=rounding)
+        made.append(file_bytes(tmp_path / rounding))
+    assert all(one != other for one, other in combinations(made, 2))
 
 
 @pytest.mark.parametrize("tile", [1, 17, 64, 1 << 30])
 @pytest.mark.parametrize("unit", [1, 100, 777, 1 << 30])
 def test_bytes_do_not_depend_on_how_the_work_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes], unit: int, tile: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Whole, unit: int, tile: int
 ) -> None:
-    """Units of a byte are single rows; the order in which they run is no matter either."""
+    """Units of a byte are single rows; the order in which they run is no matter either.  Nor do the sums."""
     monkeypatch.setattr(units, "UNIT_BYTES", unit)
     monkeypatch.setattr(work, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(work, "FEEDBACK_TILES", 1)
     base, adapters, binding = everything(tmp_path)
-    carry_out(base, adapters, binding, tmp_path / "out")
-    assert file_bytes(tmp_path / "out") == reference
+    _, sums = carry_out(base, adapters, binding, tmp_path / "out", rounding=reference.rounding)
+    assert file_bytes(tmp_path / "out") == reference.files
+    assert sums.keys() == reference.sums.keys()
+    for name, kept in sums.items():
+        assert asdict(kept) == pytest.approx(asdict(reference.sums[name]), rel=1e-9), name
 
 
 def pools() -> dict[str, Executor]:
@@ -313,23 +346,23 @@ def pools() -> dict[str, Executor]:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_bytes_do_not_depend_on_who_runs_the_units(tmp_path: Path, reference: dict[str, bytes], kind: str) -> None:
+def test_bytes_do_not_depend_on_who_runs_the_units(tmp_path: Path, reference: Whole, kind: str) -> None:
     """A unit is paths and numbers, and travels to another process as it is."""
     base, adapters, binding = everything(tmp_path)
     with pools()[kind] as executor:
-        carry_out(base, adapters, binding, tmp_path / "out", executor=executor)
-    assert file_bytes(tmp_path / "out") == reference
+        carry_out(base, adapters, binding, tmp_path / "out", rounding=reference.rounding, executor=executor)
+    assert file_bytes(tmp_path / "out") == reference.files
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 500, 1500, 1 << 30])
-def test_tensors_do_not_depend_on_the_files_they_lie_in(
-    tmp_path: Path, reference: dict[str, bytes], shard_bytes: int
-) -> None:
+def test_tensors_do_not_depend_on_the_files_they_lie_in(tmp_path: Path, reference: Whole, shard_bytes: int) -> None:
     """From a file a tensor to one file for all."""
     base, adapters, binding = everything(tmp_path)
-    files, _ = carry_out(base, adapters, binding, tmp_path / "out", shard_bytes=shard_bytes)
+    files, _ = carry_out(
+        base, adapters, binding, tmp_path / "out", shard_bytes=shard_bytes, rounding=reference.rounding
+    )
     (tmp_path / "whole").mkdir()
-    for name, data in reference.items():
+    for name, data in reference.files.items():
         (tmp_path / "whole" / name).write_bytes(data)
     ours, theirs = load(tmp_path / "out"), load(tmp_path / "whole")
     assert {name: raw_bytes(tensor) for name, tensor in ours.items()} == {

@@ -67,9 +67,11 @@ def hashes(*folders: Path) -> dict[str, str]:
     }
 
 
-def merged_into(out: Path, bench: Bench, dtype: str = "BF16", layout: str = "single", name: str = "plain") -> Merged:
+def merged_into(
+    out: Path, bench: Bench, dtype: str = "BF16", layout: str = "single", name: str = "plain", rounding: str = "auto"
+) -> Merged:
     """Plan and merge."""
-    return merge(plan_merge(bench.runs[name], out, base=str(bench.bases[dtype, layout])))
+    return merge(plan_merge(bench.runs[name], out, base=str(bench.bases[dtype, layout]), rounding=rounding))
 
 
 CASES = [
@@ -84,12 +86,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dtype", "layout", "name"), CASES)
-def test_merged_tensors_are_the_float64_sum_rounded_once(
+def test_merged_tensors_are_the_float64_sum_rounded_once_to_nearest(
     tmp_path: Path, bench: Bench, dtype: str, layout: str, name: str
 ) -> None:
     """To the last bit; every other tensor, header and shard byte for byte as in the base."""
     base = bench.bases[dtype, layout]
-    merged = merged_into(tmp_path / "out", bench, dtype, layout, name)
+    merged = merged_into(tmp_path / "out", bench, dtype, layout, name, "nearest")
     expected = closed_form(base, bench.runs[name], ADAPTERS[name])
     before, after = load_model(base), load_model(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -109,7 +111,7 @@ def test_merged_tensors_are_the_float64_sum_rounded_once(
 def test_merged_tensors_are_pefts_within_its_own_rounding(tmp_path: Path, bench: Bench, dtype: str, name: str) -> None:
     """PEFT computes B·A in float32, rounds Δ to the dtype, then the sum: half an ulp each, and ours is half an ulp."""
     base = bench.bases[dtype, "single"]
-    merged_into(tmp_path / "out", bench, dtype, "single", name)
+    merged_into(tmp_path / "out", bench, dtype, "single", name, "nearest")
     live = peft_alone(LlamaForCausalLM.from_pretrained(base, dtype=TORCH[dtype]), bench.runs[name])
     theirs, before = live.merge_and_unload().state_dict(), load_model(base)
     changed = 0
@@ -141,56 +143,109 @@ def test_a_merged_model_answers_as_the_live_adapter(tmp_path: Path, bench: Bench
     assert (untuned - theirs).abs().max() > 0.1 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("elements", [1, 64, 100, 1000, 1 << 30])
+@pytest.mark.parametrize("elements", [1, 100, 1000])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "faithful"])
 def test_bytes_do_not_depend_on_the_tile_size(
-    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, elements: int
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch, rounding: str, elements: int
 ) -> None:
     """Accumulation order almost never crosses a rounding boundary, for each sum is rounded once from float64."""
-    expected = merged_into(tmp_path / "a", bench, name="patterns")
+    expected = merged_into(tmp_path / "a", bench, name="patterns", rounding=rounding)
+    assert expected.plan.rounded == {rounding: 6}
     monkeypatch.setattr(work, "TILE_ELEMENTS", elements)
-    found = merged_into(tmp_path / "b", bench, name="patterns")
+    monkeypatch.setattr(work, "FEEDBACK_TILES", 1)
+    found = merged_into(tmp_path / "b", bench, name="patterns", rounding=rounding)
     assert weights_sha256(found.path) == weights_sha256(expected.path)
-    assert found.share_unchanged == pytest.approx(expected.share_unchanged)
-    assert found.gain == pytest.approx(expected.gain)
+    for ours, theirs in ((found.kept, expected.kept), (found.nearest, expected.nearest)):
+        assert ours.model_dump(exclude_none=True) == pytest.approx(theirs.model_dump(exclude_none=True), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", [1, 2**40])
+def test_stochastic_rounding_is_its_seeds_and_no_other(tmp_path: Path, bench: Bench, seed: int) -> None:
+    """The same seed, the same bytes; another, others."""
+    base = str(bench.bases["BF16", "single"])
+    found = []
+    for number, chosen in enumerate((seed, seed, 0)):
+        plan = plan_merge(bench.runs["plain"], tmp_path / str(number), base=base, rounding="stochastic", seed=chosen)
+        found.append(weights_sha256(merge(plan).path))
+    assert found[0] == found[1] != found[2]
+
+
+def weak_run(bench: Bench, folder: Path, scale: float) -> Path:
+    """The plain run with its update times the square of a number."""
+    shutil.copytree(bench.runs["plain"], folder / "run")
+    factors = load_file(folder / "run" / "adapter_model.safetensors")
+    save_file({key: value * scale for key, value in factors.items()}, folder / "run" / "adapter_model.safetensors")
+    return folder / "run"
 
 
 def test_receipts_tell_what_was_written(tmp_path: Path, bench: Bench) -> None:
-    """Sizes, hashes, and for each update what rounding kept, against the tensors on disk."""
-    base = bench.bases["BF16", "sharded"]
-    merged = merge(plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base)), sha256=True)
+    """Sizes and hashes, and only where they were asked for; and a record that can be read again."""
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(bench.bases["BF16", "sharded"]))
+    merged = merge(plan, sha256=True)
     for receipt in merged.receipts:
         file = merged.path / receipt.filename
         assert (receipt.size_bytes, receipt.sha256) == (file.stat().st_size, sha256_of(file))
     unhashed = merged_into(tmp_path / "other", bench, "BF16", "sharded")
     assert {receipt.sha256 for receipt in unhashed.receipts} == {None}
-    expected = closed_form(base, bench.runs["plain"], ADAPTERS["plain"])
-    before, after = load_model(base), load_model(merged.path)
+    assert Merged.read(merged.write(tmp_path / "merged.json")) == merged
+
+
+def by_hand(stored: torch.Tensor, before: torch.Tensor, delta: torch.Tensor, basis: torch.Tensor) -> dict[str, float]:
+    """What rounding kept of an update, from the tensor that was stored."""
+    realised = stored.double() - before.double()
+    return {
+        "share_unchanged": float((realised == 0).double().mean()),
+        "relative_error": float((realised - delta).norm() / delta.norm()),
+        "gain": float((realised * delta).sum() / (delta**2).sum()),
+        "error_inside": float(((realised - delta) @ basis).norm() / delta.norm()),
+    }
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "faithful"])
+def test_receipts_tell_what_rounding_kept_and_what_the_nearest_would_have(
+    tmp_path: Path, bench: Bench, rounding: str
+) -> None:
+    """Of an update about as large as the grid's steps, against the tensors on disk; the whole from all of them."""
+    base, run = bench.bases["BF16", "sharded"], weak_run(bench, tmp_path / "in", 0.05)
+    merged = merge(plan_merge(run, tmp_path / "out", base=str(base), rounding=rounding))
+    expected, before, after = closed_form(base, run, ADAPTERS["plain"]), load_model(base), load_model(merged.path)
     kept = {tensor.name: tensor for receipt in merged.receipts for tensor in receipt.tensors}
     assert kept.keys() == expected.keys()
+    wholes: dict[str, list[torch.Tensor]] = {"before": [], "delta": [], "after": [], "nearest": []}
     for name, tensor in kept.items():
         delta = expected[name] - before[name].double()
-        realised = after[name].double() - before[name].double()
-        assert tensor.elements == delta.numel()
-        assert tensor.share_unchanged == float((realised == 0).double().mean())
+        _, _, rows = torch.linalg.svd(delta, full_matrices=False)
+        basis, nearest = rows[:4].T, round_tensor(expected[name], "BF16")  # Δ is of rank 4
+        assert (tensor.rounding, tensor.elements, tensor.share_beyond) == (rounding, delta.numel(), 0.0)
         assert tensor.delta_norm == pytest.approx(float(delta.norm()), rel=1e-9)
-        assert tensor.gain == pytest.approx(float((realised * delta).sum() / (delta**2).sum()), rel=1e-9)
-        assert tensor.relative_error == pytest.approx(float((realised - delta).norm() / delta.norm()), rel=1e-6)
-    elements = sum(tensor.elements for tensor in kept.values())
-    unchanged = sum(tensor.share_unchanged * tensor.elements for tensor in kept.values())
-    assert merged.share_unchanged == pytest.approx(unchanged / elements)
-    assert Merged.read(merged.write(tmp_path / "merged.json")) == merged
+        mine = by_hand(after[name], before[name], delta, basis)
+        if rounding == "nearest":
+            assert (tensor.nearest, tensor.error_inside) == (None, None)
+            del mine["error_inside"]
+        else:
+            assert tensor.nearest is not None
+            assert tensor.nearest.model_dump() == pytest.approx(by_hand(nearest, before[name], delta, basis), rel=1e-6)
+        assert {key: getattr(tensor, key) for key in mine} == pytest.approx(mine, rel=1e-6)
+        for key, value in (("before", before[name]), ("delta", delta), ("after", after[name]), ("nearest", nearest)):
+            wholes[key].append(value.double().reshape(1, -1))
+    before_all, delta_all, after_all, nearest_all = (torch.cat(parts, dim=1) for parts in wholes.values())
+    for whole, stored in ((merged.kept, after_all), (merged.nearest, nearest_all)):
+        mine = by_hand(stored, before_all, delta_all, torch.zeros(delta_all.shape[1], 1, dtype=torch.float64))
+        del mine["error_inside"]
+        assert {key: getattr(whole, key) for key in mine} == pytest.approx(mine, rel=1e-6)
+    if rounding == "faithful":
+        assert merged.kept.error_inside is not None
+        assert merged.nearest.error_inside is not None
+        assert merged.kept.error_inside < merged.nearest.error_inside / 2
 
 
 def test_an_update_below_the_grid_is_reported_as_lost(tmp_path: Path, bench: Bench) -> None:
     """Δ of a thousandth of an ulp: nothing changes, and the receipt says so."""
-    run = tmp_path / "work" / "run"
-    shutil.copytree(bench.runs["plain"], run)
-    factors = load_file(run / "adapter_model.safetensors")
-    save_file({key: value * 1e-4 for key, value in factors.items()}, run / "adapter_model.safetensors")
     base = bench.bases["BF16", "single"]
-    merged = merge(plan_merge(run, tmp_path / "out", base=str(base)))
-    assert merged.share_unchanged > 0.99
-    assert merged.gain < 0.1
+    run = weak_run(bench, tmp_path / "work", 1e-4)
+    merged = merge(plan_merge(run, tmp_path / "out", base=str(base), rounding="nearest"))
+    assert merged.kept.share_unchanged > 0.99
+    assert merged.kept.gain < 0.1
 
 
 def test_inputs_are_never_touched(tmp_path: Path, bench: Bench) -> None:
@@ -222,13 +277,13 @@ def test_a_run_without_a_tokenizer_takes_the_bases_and_says_so(tmp_path: Path, b
     for file in [*run.glob("*token*"), run / "chat_template.jinja"]:
         file.unlink()
     plan = plan_merge(run, tmp_path / "out", base=str(base))
-    assert [finding.code for finding in plan.warnings] == ["tokenizer_from_base"]
+    assert [finding.code for finding in plan.warnings] == ["rounding_faithful", "tokenizer_from_base"]
     assert {asset.origin for asset in plan.assets} == {"base"}
     merge(plan)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "the base's own template"
     (base / "tokenizer.json").unlink()
     bare = plan_merge(run, tmp_path / "out2", base=str(base))
-    assert [finding.code for finding in bare.warnings] == ["no_tokenizer_anywhere"]
+    assert [finding.code for finding in bare.warnings] == ["rounding_faithful", "no_tokenizer_anywhere"]
 
 
 def test_the_bases_other_files_travel_and_its_weights_in_other_formats_do_not(tmp_path: Path, bench: Bench) -> None:
@@ -305,7 +360,8 @@ def test_a_plan_writes_nothing_and_tells_everything(tmp_path: Path, bench: Bench
     plan = plan_merge(bench.runs["patterns"], tmp_path / "x" / "out", base=str(bench.bases["BF16", "sharded"]))
     assert list(tmp_path.iterdir()) == []
     assert hashes(*inputs) == before
-    assert (plan.dtype, plan.rounding, plan.checkpoint) == ("BF16", "nearest", "final")
+    assert (plan.dtype, plan.rounding, plan.checkpoint) == ("BF16", "faithful", "final")
+    assert plan.rounded == {"faithful": 6}
     assert plan.changed == 6
     assert MergePlan.model_validate_json(plan.to_json()) == plan
     merge(plan)
@@ -577,6 +633,7 @@ def test_several_adapters_are_summed_with_their_weights(tmp_path: Path, bench: B
         base=str(base),
         weight=0.5,
         adapters=[(bench.runs["rslora"], -0.7), (str(bench.runs["patterns"]), 2.0)],
+        rounding="nearest",
     )
     assert [(Path(one.adapter).parent.name, one.weight) for one in plan.adapters] == [
         ("plain", 0.5), ("rslora", -0.7), ("patterns", 2.0),
@@ -649,7 +706,7 @@ def test_an_option_that_means_nothing_is_refused(tmp_path: Path, bench: Bench, o
 def test_a_base_view_starts_from_what_the_training_saw(tmp_path: Path, bench: Bench, view: Any) -> None:
     """Every Linear layer begins as the view has it, adapted or not; everything else as it is stored."""
     base = Checkpoint(bench.bases["BF16", "single"])
-    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base.path), base_view=view)
+    plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base.path), base_view=view, rounding="nearest")
     merged = merge(plan)
     assert len(merged.receipts[0].tensors) == 6
     stored = load_model(base.path)
@@ -676,21 +733,21 @@ def test_a_training_on_a_quantized_base_is_told(tmp_path: Path, bench: Bench, se
     shutil.copytree(bench.runs["plain"], run)
     (run / "training_args.yaml").write_text(f"{setting}: {json.dumps(value)}\n")
     base = str(bench.bases["BF16", "single"])
-    codes = [one.code for one in plan_merge(run, tmp_path / "out", base=base).warnings]
-    assert codes == ["trained_on_quantized_base"]
-    assert plan_merge(run, tmp_path / "out", base=base, base_view="nf4").warnings == ()
+
+    def codes(**options: Any) -> list[str]:
+        plan = plan_merge(run, tmp_path / "out", base=base, rounding="nearest", **options)
+        return [finding.code for finding in plan.warnings]
+
+    assert codes() == ["trained_on_quantized_base"]
+    assert codes(base_view="nf4") == []
     (run / "training_args.yaml").write_text(f"{setting}: null\n")
-    assert plan_merge(run, tmp_path / "out", base=base).warnings == ()
+    assert codes() == []
 
 
 def test_an_update_that_rounding_lost_is_a_finding(tmp_path: Path, bench: Bench) -> None:
     """With the remedy's own dtype it is not."""
-    run = tmp_path / "in" / "run"
-    shutil.copytree(bench.runs["plain"], run)
-    factors = load_file(run / "adapter_model.safetensors")
-    save_file({key: value * 1e-3 for key, value in factors.items()}, run / "adapter_model.safetensors")
-    base = str(bench.bases["BF16", "single"])
-    lost = merge(plan_merge(run, tmp_path / "bf16", base=base))
+    run, base = weak_run(bench, tmp_path / "in", 1e-3), str(bench.bases["BF16", "single"])
+    lost = merge(plan_merge(run, tmp_path / "bf16", base=base, rounding="nearest"))
     assert [finding.code for finding in lost.findings] == ["update_lost_in_rounding"]
     assert merge(plan_merge(run, tmp_path / "fp32", base=base, dtype="fp32")).findings == ()
 
@@ -703,6 +760,7 @@ def test_a_given_executor_makes_the_same_bytes(
     monkeypatch.setattr(units, "UNIT_BYTES", 40_000)
     base, told = str(bench.bases["BF16", "sharded"]), []
     expected = merge(plan_merge(bench.runs["plain"], tmp_path / "a", base=base))
+    assert expected.plan.rounding == "faithful"
     spawn = multiprocessing.get_context("spawn")
     pool = ThreadPoolExecutor(3) if kind == "threads" else ProcessPoolExecutor(2, mp_context=spawn)
     with pool:

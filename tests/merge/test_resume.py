@@ -231,7 +231,7 @@ def test_what_the_journal_says_is_done_is_not_computed_again(
     merged = merge(plan)
     assert merged.resumed_bytes > 0
     assert len(computed) == sum(1 for _ in all_units(plan)) - done
-    assert (merged.receipts, merged.gain) == (expected.receipts, expected.gain)
+    assert (merged.receipts, merged.kept) == (expected.receipts, expected.kept)
     assert same_model(merged.path, expected.path)
     assert not stage.exists()
 
@@ -239,7 +239,8 @@ def test_what_the_journal_says_is_done_is_not_computed_again(
 def all_units(plan: MergePlan) -> list[Unit]:
     """Every unit of a plan."""
     base, files = write._checked(plan)
-    context = units.Context(plan.base, tuple((one.adapter, one.weight) for one in plan.adapters))
+    adapters = tuple((one.adapter, one.weight) for one in plan.adapters)
+    context = units.Context(plan.base, adapters, rounding=plan.rounding)
     return units.units_of(files, base, plan.binding, stage=Path("stage"), context=context)
 
 
@@ -280,16 +281,21 @@ def test_a_lie_in_the_journal_is_found(plan: MergePlan, expected: Merged) -> Non
         stop_half_way(plan)
 
 
-@pytest.mark.parametrize("change", ["dtype", "base", "adapter"])
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "dtype": {"dtype": "fp32"}, "rounding": {"rounding": "nearest"}, "seed": {"rounding": "stochastic", "seed": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["dtype", "base", "adapter", "rounding", "seed"])
 def test_a_stage_of_another_merge_is_thrown_away(
     bench: Bench, tmp_path: Path, computed: list[Unit], change: str
 ) -> None:
-    """Another dtype; or the same paths with other weights in them."""
+    """Another dtype, rounding or seed; or the same paths with other weights in them."""
     run, base = tmp_path / "in" / "run", tmp_path / "in" / "base"
     shutil.copytree(bench.runs["plain"], run)
     shutil.copytree(bench.bases["BF16", "sharded"], base)
     out = tmp_path / "out"
-    stop_half_way(plan_merge(run, out, base=str(base)))
+    stop_half_way(plan_merge(run, out, base=str(base), rounding="stochastic" if change == "seed" else "auto"))
     computed.clear()
     if change == "base":
         file = sorted(base.glob("*.safetensors"))[0]
@@ -299,7 +305,7 @@ def test_a_stage_of_another_merge_is_thrown_away(
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
-    plan = plan_merge(run, out, base=str(base), dtype="fp32" if change == "dtype" else "auto")
+    plan = plan_merge(run, out, base=str(base), **OTHERWISE.get(change, {}))
     merged = merge(plan)
     assert merged.resumed_bytes == 0
     assert len(computed) == len(all_units(plan))

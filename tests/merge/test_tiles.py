@@ -11,11 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.merge.exact import FORMATS, TORCH, number, rounded
+from tests.merge.exact import FORMATS, TORCH, number, round_tensor, rounded
 from tunesmith.checkpoint import as_float64
-from tunesmith.merge.tiles import merge_tile, round_once
+from tunesmith.merge.rounding import round_once
+from tunesmith.merge.tiles import TileSums, settle_tile
 
 DTYPES = list(FORMATS)
+
+
+def merge_tile(
+    stored: np.ndarray, dtype: str, a: np.ndarray, b: np.ndarray, scaling: float
+) -> tuple[np.ndarray, TileSums]:
+    """W + scaling·B·A, from rows as they are stored."""
+    return settle_tile(as_float64(stored, dtype), (scaling * b) @ a, dtype, kept_TI=stored)
 
 
 def check(values: list[float], dtype: str) -> None:
@@ -75,6 +83,22 @@ def test_between_all_neighbours_of_a_format_the_nearest_is_taken(dtype: str) -> 
     ) % 2 == 0  # a pattern ends in 0 bit where its rank is even
     assert np.array_equal(as_float64(round_once(middle, dtype), dtype), np.where(even[:-1], low, high))
     assert np.array_equal(as_float64(round_once(grid, dtype), dtype), grid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_the_quick_oracle_is_the_exact_one(dtype: str, data: st.DataObject) -> None:
+    """``round_tensor`` against the rationals, for any finite number, those near a format's limits, and ties."""
+    digits, least, greatest = FORMATS[dtype]
+    near = st.builds(
+        lambda grid, halves, exponent: math.ldexp(2 * grid + halves, exponent - digits),
+        st.integers(0, 2**digits), st.integers(-1, 1), st.integers(least - 3, greatest),
+    )  # fmt: skip
+    value = data.draw(near | st.floats(allow_nan=False, allow_infinity=False))
+    expected = rounded(Fraction(value), dtype)
+    found = float(round_tensor(torch.tensor([value], dtype=torch.float64), dtype)[0])
+    assert (found, math.copysign(1, found)) == (float(expected), math.copysign(1, value))
 
 
 def test_rounding_twice_would_be_noticed() -> None:

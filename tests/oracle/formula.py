@@ -99,6 +99,14 @@ def expert(b: Tensor, a: Tensor, *, number: int, experts: int) -> Tensor:
     return b.double()[:, number::experts] @ a.double()[number * r : (number + 1) * r]
 
 
+def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest bf16 number that is not above each value, and the smallest that is not below it, as float64."""
+    nearest = round_once(values, torch.bfloat16)
+    down, up = (torch.nextafter(nearest, torch.full_like(nearest, end)).double() for end in (-torch.inf, torch.inf))
+    nearest = nearest.double()
+    return torch.where(nearest > values, down, nearest), torch.where(nearest < values, up, nearest)
+
+
 def merge(base: Tensors, adapter: Tensors, truth: Truth) -> dict[str, Tensor]:
     """All tensors of the merged model.
 
@@ -111,6 +119,15 @@ def merge(base: Tensors, adapter: Tensors, truth: Truth) -> dict[str, Tensor]:
         Each in the dtype of the base, rounded once where it changes and as stored where it does not.
     """
     dtype = next(tensor.dtype for tensor in base.values() if tensor.is_floating_point())
+    base, out = exact(base, adapter, truth)
+    return {
+        name: base[name] if name in base and torch.equal(base[name].double(), tensor) else round_once(tensor, dtype)
+        for name, tensor in out.items()
+    }
+
+
+def exact(base: Tensors, adapter: Tensors, truth: Truth) -> tuple[Tensors, dict[str, Tensor]]:
+    """The base as it begins, its layers written out; and all tensors of the merged model in float64, not rounded."""
     base = base if truth.layers is None else replicate(base, truth.layers)
     parts: dict[str, Tensors] = {}
     for name, tensor in adapter.items():
@@ -127,10 +144,7 @@ def merge(base: Tensors, adapter: Tensors, truth: Truth) -> dict[str, Tensor]:
             apply(out, module, tensors, truth)
     if truth.config and "architectures" in truth.config:
         out.pop("lm_head.weight", None)  # a classifier has another head
-    return {
-        name: base[name] if name in before and torch.equal(before[name], tensor) else round_once(tensor, dtype)
-        for name, tensor in out.items()
-    }
+    return base, out
 
 
 def begin_tied(out: dict[str, Tensor], parts: dict[str, Tensors], truth: Truth) -> None:

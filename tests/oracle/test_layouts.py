@@ -115,15 +115,16 @@ def test_base_of_another_dtype_keeps_it(zoo: Zoo, tmp_path: Path, kind: str, dty
         formula.assert_same(found, expected)
 
 
-def test_base_of_mixed_dtypes_keeps_each(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "faithful"])
+def test_base_of_mixed_dtypes_keeps_each(zoo: Zoo, tmp_path: Path, rounding: str) -> None:
     """Norms in float32 beside weights in bf16 are common, and stay so, trained or not."""
     base, out, adapter = tmp_path / "base", tmp_path / "out", zoo.adapter("saved-norms")
     shutil.copytree(zoo.base("llama"), base)
     mixed = {n: t if "norm" in n else t.to(torch.bfloat16) for n, t in formula.read(base).items()}
     save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
-    ts.merge(ts.plan_merge(adapter, out, base=str(base)))
+    ts.merge(ts.plan_merge(adapter, out, base=str(base), rounding=rounding))
     found, exact = formula.read(out), formula.read(zoo.merged("saved-norms"))
-    low = formula.read(zoo.merged("saved-norms", torch.bfloat16))
+    low = formula.read(zoo.merged("saved-norms", torch.bfloat16, rounding=rounding))
     formula.assert_same(found, {name: exact[name] if "norm" in name else low[name] for name in found})
 
 

@@ -42,8 +42,8 @@ def others(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 
 def merged(first: Path, out: Path, *, base: Path, adapters: list[tuple[Path, float]], weight: float = 1.0) -> Path:
-    """One pass over several adapters."""
-    ts.merge(ts.plan_merge(first, out, base=str(base), adapters=adapters, weight=weight))
+    """One pass over several adapters, rounded to nearest."""
+    ts.merge(ts.plan_merge(first, out, base=str(base), adapters=adapters, weight=weight, rounding="nearest"))
     return out
 
 

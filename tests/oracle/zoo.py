@@ -97,12 +97,13 @@ class Zoo:
             self._live[kind] = build_adapter(base, directory, KINDS[kind])
         return self._live[kind]
 
-    def merged(self, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    def merged(self, kind: str, dtype: torch.dtype = torch.float32, *, rounding: str = "nearest") -> Path:
         """What Tunesmith makes of it."""
         short = str(dtype).removeprefix("torch.")
-        out = self.root / f"merged-{kind}-{short}"
+        out = self.root / f"merged-{kind}-{short}-{rounding}"
         if not out.exists():
-            ts.merge(ts.plan_merge(self.adapter(kind), out, base=str(self.base(KINDS[kind].base, dtype))))
+            base = str(self.base(KINDS[kind].base, dtype))
+            ts.merge(ts.plan_merge(self.adapter(kind), out, base=base, rounding=rounding))
         return out
 
     def load_merged(self, kind: str) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from tunesmith.adapter.records import AdapterFacts, Binding, LowRank, ModuleFacts
 from tunesmith.compare import Comparison, Reply, Score, VariantInfo
 from tunesmith.conversations import Conversation, Message
-from tunesmith.merge.records import Asset, Ingredient, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
+from tunesmith.merge.records import Asset, Ingredient, Kept, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
 from tunesmith.record import Finding
 from tunesmith.runs import LogRow, Run, RunCheckpoint, RunFile
 from tunesmith.verify import BehaviourRow, Level, TensorVerdict, Verdict
@@ -322,7 +322,8 @@ def merged(run: Run) -> Merged:
         base=f"/models/{BASE}",
         out="/data/save/SmolLM2-135M-Security",
         dtype="BF16",
-        rounding="nearest",
+        rounding="faithful",
+        rounded={"faithful": len(names)},
         binding=Binding(updates=updates),
         shards=(ShardPlan(filename="model.safetensors", size_bytes=269_060_552, tensors=272, changed=tuple(names)),),
         assets=(
@@ -332,20 +333,30 @@ def merged(run: Run) -> Merged:
         ),
         write_bytes=272_600_000,
         memory_bytes=4_000_000,
+        warnings=(Finding(code="rounding_faithful", severity="info", params={"tensors": len(names)}),),
     )
     fidelities = tuple(
         TensorFidelity(
             name=name,
             elements=331_776,
             share_unchanged=0.45 + 0.15 * noise.random(),
-            relative_error=0.55 + 0.3 * noise.random(),
-            gain=0.99 + 0.01 * noise.random(),
+            relative_error=0.85 + 0.3 * noise.random(),
+            gain=0.999 + 0.001 * noise.random(),
+            error_inside=0.01 + 0.01 * noise.random(),
+            rounding="faithful",
+            nearest=Kept(share_unchanged=0.52, relative_error=0.6, gain=0.95, error_inside=0.05),
         )
         for name in names
     )
     sha256 = "e2d1b4b7a1c0f7c4a3bb2b7a5a2f9d0c61f9c9f6f3b6a9d8e7c6b5a493827160"
     receipt = Receipt(filename="model.safetensors", size_bytes=269_060_552, sha256=sha256, tensors=fidelities)
-    return Merged(plan=plan, receipts=(receipt,), seconds=1.62, share_unchanged=0.524, gain=0.9971)
+    return Merged(
+        plan=plan,
+        receipts=(receipt,),
+        seconds=1.62,
+        kept=Kept(share_unchanged=0.524, relative_error=0.912, gain=0.9971, error_inside=0.0123),
+        nearest=Kept(share_unchanged=0.561, relative_error=0.634, gain=0.9432, error_inside=0.0789),
+    )
 
 
 def tensor_verdicts(*, wrong: frozenset[str] = frozenset()) -> tuple[TensorVerdict, ...]:

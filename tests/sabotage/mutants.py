@@ -49,6 +49,7 @@ class Mutant:
         cause: code of the cause that must come first.
         params: what that cause must say at least; floats to 0.1 %, texts as a part of what is said.
         then: codes of the causes that must follow.
+        roundings: how the sound merges are rounded that it is done to; the product's own way where it makes no odds.
     """
 
     name: str
@@ -56,18 +57,28 @@ class Mutant:
     cause: str
     params: Mapping[str, str | int | float] = field(default_factory=dict)
     then: tuple[str, ...] = ()
+    roundings: tuple[str, ...] = ("faithful",)
 
+
+BOTH = ("faithful", "nearest")
 
 MUTANTS: list[Mutant] = []
 
 
 def mutant(
-    cause: str, /, *then: str, named: str | None = None, **params: str | int | float
+    cause: str,
+    /,
+    *then: str,
+    named: str | None = None,
+    roundings: tuple[str, ...] | None = None,
+    **params: str | int | float,
 ) -> Callable[[Spoil], Spoil]:
     """Register a function as a mutant that must be told by this cause."""
 
     def register(spoil: Spoil) -> Spoil:
-        MUTANTS.append(Mutant(named or spoil.__name__, spoil, cause, params, then))
+        # One number must be found among those that are rounded in whatever way.
+        ways = roundings or (BOTH if cause == "cause_one_element" else BOTH[:1])
+        MUTANTS.append(Mutant(named or spoil.__name__, spoil, cause, params, then, ways))
         return spoil
 
     return register
@@ -113,13 +124,21 @@ for _factor in (0.5, float(R), 1 / R, 0.7, 1.3, 0.9, 1.05, -0.4, 3.0):
     mutant("cause_scaled", named=f"scaled_by_{_factor:g}", factor=_factor)(_scaled(_factor))
 
 
-@mutant("cause_merged_twice", factor=2.0)
-def merged_twice_with_a_rounding_between(out: Path, shop: Workshop) -> None:
+def _merged_again(rounding: str) -> Spoil:
     """The merge of a merge: what really happens."""
-    once = out.parent / f"{out.name}-once"
-    shutil.copytree(out, once)
-    shutil.rmtree(out)
-    tunesmith_merge(shop.run, once, out)
+
+    def spoil(out: Path, shop: Workshop) -> None:
+        once = out.parent / f"{out.name}-once"
+        out.rename(once)
+        tunesmith_merge(shop.run, once, out, rounding=rounding)
+
+    return spoil
+
+
+mutant("cause_merged_twice", named="merged_twice_with_a_rounding_between", factor=2.0)(_merged_again("faithful"))
+mutant("cause_merged_twice", named="merged_twice_to_nearest", roundings=("nearest",), factor=2.0)(
+    _merged_again("nearest")
+)
 
 
 @mutant("cause_other_checkpoint", checkpoint="checkpoint-20")
@@ -164,9 +183,9 @@ def factors_of_another_module(out: Path, shop: Workshop) -> None:
 # Weights that changed after the merge.
 
 
-@mutant("cause_one_element", tensor=QUERY, count=1)
+@mutant("cause_one_element", roundings=("nearest",), tensor=QUERY, count=1)
 def low_bit_flipped_towards_the_exact_value(out: Path, shop: Workshop) -> None:
-    """The other of the two neighbours: a value that stochastic rounding might have chosen."""
+    """The other of the two neighbours, which no other number took: where many do, nobody can tell."""
     _flip_low_bit(out, shop, towards=True)
 
 

@@ -29,11 +29,17 @@ def says(cause: Finding, params: dict[str, object]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_spoilt_merge_is_different_and_its_cause_is_named(mutant: Mutant, shop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mutant", "rounding"),
+    [(mutant, rounding) for mutant in MUTANTS for rounding in mutant.roundings],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_spoilt_merge_is_different_and_its_cause_is_named(
+    mutant: Mutant, rounding: str, shop: Workshop, tmp_path: Path
+) -> None:
     """The answer is ``different``; the first cause and those after it are the right ones, with their figures."""
     out = tmp_path / "merged"
-    shutil.copytree(shop.merged, out)
+    shutil.copytree({"faithful": shop.merged, "nearest": shop.nearest}[rounding], out)
     mutant.spoil(out, shop)
     verdict = check(shop.run, out, shop.base)
     assert verdict.answer == "different"

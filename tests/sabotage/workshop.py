@@ -45,13 +45,15 @@ class Workshop:
     Attributes:
         base: the base model, bf16.
         run: adapters on every linear layer: checkpoint-10, checkpoint-20, checkpoint-30; the root holds the last.
-        merged: a sound merge of the last by Tunesmith.
+        merged: a sound merge of the last by Tunesmith, as it merges by default: every number a neighbour.
+        nearest: another, every number the nearest.
         other: another base of the same form, with the same tokenizer.
     """
 
     base: Path
     run: Path
     merged: Path
+    nearest: Path
     other: Path
 
 
@@ -146,12 +148,15 @@ def make_workshop(root: Path) -> Workshop:
     base = make_base(root / "base")
     run = make_run(base, root / "run")
     merged = tunesmith_merge(run, base, root / "merged")
-    return Workshop(base, run, merged, make_base(root / "other", seed=9))
+    nearest = tunesmith_merge(run, base, root / "nearest", rounding="nearest")
+    return Workshop(base, run, merged, nearest, make_base(root / "other", seed=9))
 
 
-def tunesmith_merge(run: Path, base: Path, out: Path, *, checkpoint: str | int = "final") -> Path:
+def tunesmith_merge(
+    run: Path, base: Path, out: Path, *, checkpoint: str | int = "final", rounding: str = "auto"
+) -> Path:
     """A merge by Tunesmith itself."""
-    merge(plan_merge(run, out, base=str(base), checkpoint=checkpoint))
+    merge(plan_merge(run, out, base=str(base), checkpoint=checkpoint, rounding=rounding))
     return out
 
 

@@ -145,7 +145,7 @@ def test_a_residual_base_is_taken_only_where_it_is_said_to_be_one(shop: Workshop
     edit_json(run / "adapter_config.json", init_lora_weights="pissa")
     with pytest.raises(UnsupportedAdapterError):
         ts.verify(run, shop.merged, base=str(shop.base), levels=QUICK)
-    verdict = ts.verify(run, shop.merged, base=str(shop.base), base_is_residual=True)
+    verdict = ts.verify(run, shop.nearest, base=str(shop.base), base_is_residual=True)
     assert verdict.answer == "identical"
     assert behaviour(verdict)[1] == "behaviour_not_measured"
 

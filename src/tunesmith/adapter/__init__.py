@@ -5,6 +5,7 @@ All of PEFT's semantics (scaling, patterns, names) live here; what is not unders
 
 from tunesmith.adapter.config import PLAIN_INITS
 from tunesmith.adapter.facts import delta_norm, describe
+from tunesmith.adapter.inputs import beside
 from tunesmith.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from tunesmith.adapter.records import (
     AdapterFacts,
@@ -36,6 +37,7 @@ __all__ = [
     "Rows",
     "Stack",
     "Update",
+    "beside",
     "delta_norm",
     "describe",
 ]

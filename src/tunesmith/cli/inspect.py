@@ -66,6 +66,8 @@ def _facts(screen: Screen, inspection: ts.Inspection) -> None:
     rows.append(("parameters", f"{adapter.parameters:,}"))
     if adapter.relative_update is not None:
         rows.append(("size of update", f"about {adapter.relative_update:.2%} of the base weights (Frobenius norm)"))
+    if inspection.forecast is not None:
+        rows.append(("merge", _forecast(inspection.forecast)))
     if adapter.refusal:
         rows.append(("not mergeable", adapter.refusal))
     for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "compute_dtype"):
@@ -77,6 +79,14 @@ def _facts(screen: Screen, inspection: ts.Inspection) -> None:
     for label, value in rows:
         table.add_row(label, clean(value))
     screen.print(table)
+
+
+def _forecast(forecast: ts.Forecast) -> str:
+    seen = f"(foretold from {forecast.elements:,} numbers of {forecast.tensors} tensors)"
+    nearest = f"rounding to nearest would keep about {forecast.nearest.gain:.1%} of the update"
+    if forecast.rounding == "nearest":
+        return f"into {forecast.dtype}: {nearest} {seen}"
+    return f"into {forecast.dtype}: {forecast.rounding} rounding keeps about {forecast.kept.gain:.1%}; {nearest} {seen}"
 
 
 def _log(screen: Screen, run: ts.Run) -> None:

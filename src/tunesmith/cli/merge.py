@@ -36,6 +36,26 @@ def merge(
             "--dtype", metavar="DTYPE", help="Store as auto (each tensor as in the base), bf16, fp16 or fp32."
         ),
     ] = "auto",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding",
+            metavar="ROUNDING",
+            help="auto, nearest, faithful, stochastic, calibrated or calibrated-free. Default: faithful where a "
+            "low-rank update is stored in bf16, else nearest.",
+        ),
+    ] = "auto",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Rows for calibrated rounding. Default: text that the tuned model writes itself.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of stochastic rounding, and of the text that the tuned model writes.")
+    ] = 0,
     shard_size: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +95,9 @@ def merge(
             adapters=[weighted_run(adapter) for adapter in adapters or ()],
             weight=weight,
             dtype=dtype,
+            rounding=rounding,
+            seed=seed,
+            calibration=calibration,
             shard_size=shard_size,
             base_is_residual=base_is_residual,
             base_view=base_view,
@@ -126,9 +149,12 @@ def _result(screen: Screen, merged: ts.Merged) -> None:
         screen.say(
             f"An earlier merge had written {human_bytes(merged.resumed_bytes)} of it; that was checked and kept."
         )
+    plan, kept, nearest = merged.plan, merged.kept, merged.nearest
     screen.say(
-        f"Merged in {merged.seconds:.1f} s. Rounding to {merged.plan.dtype} left {merged.share_unchanged:.0%} of the "
-        f"adapted weights as they were and kept {merged.gain:.1%} of the update."
+        f"Merged in {merged.seconds:.1f} s. {plan.rounding.capitalize()} rounding to {plan.dtype} kept {kept.gain:.1%} "
+        f"of the update and left {kept.share_unchanged:.0%} of the adapted weights as they were."
     )
+    if plan.rounding != "nearest":
+        screen.say(f"Rounding to nearest would have kept {nearest.gain:.1%}, and left {nearest.share_unchanged:.0%}.")
     for finding in merged.findings:
-        screen.say(f"warning: {ts.finding_text(finding)}")
+        screen.say(f"{'note' if finding.severity == 'info' else finding.severity}: {ts.finding_text(finding)}")

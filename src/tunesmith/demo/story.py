@@ -15,7 +15,7 @@ from tunesmith import api
 from tunesmith.allocator import give_memory_back
 from tunesmith.compare import Comparison
 from tunesmith.errors import OutputError
-from tunesmith.merge import Merged, merge, plan_merge
+from tunesmith.merge import Merged, plan_merge
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Part, Record
 from tunesmith.verify import Verdict
@@ -122,7 +122,7 @@ def demo(
         )
         comparison.write(root / "comparison.json")
     with story.step("merge", "@run --out @merged"):
-        merged: Merged = merge(
+        merged: Merged = api.merge(
             plan_merge(run, root / "merged"), sha256=True, progress=progress, cancellation=cancellation
         )
     with story.step("verify", "@run @merged --out @verdict.json"):

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -24,10 +25,11 @@ from tunesmith.checkpoint import (
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.records import Asset, Ingredient, MergePlan, ShardPlan
+from tunesmith.merge.rounders import CALIBRATED, ROUNDINGS, rounding_of
 from tunesmith.merge.units import Compute, pieces_of
-from tunesmith.merge.work import TILE_ELEMENTS
+from tunesmith.merge.work import FEEDBACK_TILES, TILE_ELEMENTS
 from tunesmith.progress import ProgressCallback, no_progress
-from tunesmith.record import Finding
+from tunesmith.record import Finding, Value
 from tunesmith.runs import FINAL, TOKENIZER_FILES, Run, RunCheckpoint, as_run, checkpoint_of, tokenizer_dir
 
 RunLike = Run | str | os.PathLike[str]
@@ -49,6 +51,9 @@ def plan_merge(
     adapters: Sequence[tuple[RunLike, float]] = (),
     weight: float = 1.0,
     dtype: str = "auto",
+    rounding: str = "auto",
+    seed: int = 0,
+    calibration: str | os.PathLike[str] | None = None,
     shard_size: str | int | None = None,
     base_is_residual: bool = False,
     base_view: str | None = None,
@@ -65,6 +70,12 @@ def plan_merge(
         adapters: further runs, each with its weight; their final adapters are summed with the first in one pass.
         weight: what the first adapter's update is multiplied by.
         dtype: ``auto`` (every tensor as in the base), or ``bf16``, ``fp16`` or ``fp32`` for all of them.
+        rounding: ``auto``, or one of ``nearest``, ``stochastic``, ``faithful``, ``calibrated``, ``calibrated-free``:
+            see :mod:`tunesmith.merge.rounders`.  ``auto`` is ``faithful`` where any low-rank update is stored in bf16,
+            else ``nearest``.
+        seed: of stochastic rounding, and of the text that calibrated rounding has the tuned model write.
+        calibration: rows for calibrated rounding, in any format that prompts may have; None for text that the tuned
+            model writes itself.
         shard_size: the size that no file of more than one tensor exceeds, such as ``5GB``, ``500MB`` or ``2GiB``, or
             a number of bytes; None keeps the base's own files.
         base_is_residual: take the base as what an initialisation such as PiSSA's left of it.
@@ -79,7 +90,9 @@ def plan_merge(
     Raises:
         TunesmithError: any reason not to merge, all mismatches of a kind in one.
     """
-    options = _Options(_dtype(dtype), _bytes(shard_size), base_view, base_is_residual, force)
+    options = _Options(
+        _dtype(dtype), _bytes(shard_size), base_view, base_is_residual, seed, _calibration(calibration, rounding), force
+    )
     chosen = _chosen(run, checkpoint, weight=weight, adapters=adapters)
     first, first_checkpoint, _ = chosen[0]
     base_name = base or Adapter(first_checkpoint.path).base_model
@@ -89,7 +102,7 @@ def plan_merge(
     target = Path(out).expanduser()
     runs = {f"run {one.path}" if number else "run": Path(one.path) for number, (one, _, _) in enumerate(chosen)}
     check_out_dir(target, force=force, inputs={"base model": base_dir, **runs})
-    return _planned(chosen, base_dir, target, base_name=base_name, options=options)
+    return _planned(chosen, base_dir, target, base_name=base_name, options=options, asked=rounding)
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,8 @@ class _Options:
     shard_bytes: int | None
     base_view: str | None
     base_is_residual: bool
+    seed: int
+    calibration: str | None
     force: bool
 
 
@@ -114,7 +129,9 @@ def _chosen(
     return [(one, checkpoint_of(one, name), share) for one, name, share in opened]
 
 
-def _planned(chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, options: _Options) -> MergePlan:
+def _planned(
+    chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, options: _Options, asked: str
+) -> MergePlan:
     model, view = Checkpoint(base_dir), view_of(options.base_view)
     if view is not None:
         view.check(model)
@@ -122,6 +139,7 @@ def _planned(chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, o
     binding = stack.bind(model, base_is_residual=options.base_is_residual)
     files = layout_of(model, binding, stack, convert_to=options.convert_to, shard_bytes=options.shard_bytes)
     index, shards = index_of(model, files), shards_of(files, model, binding, view=view)
+    rounding, rounded, why = _rounding(asked, chosen, files, binding, options=options)
     assets, warnings = _assets(chosen[0][0], chosen[0][1], model)
     write_bytes = sum(file.size_bytes for file in files) + len((index or "").encode())
     write_bytes += sum(Path(asset.source).stat().st_size for asset in assets)
@@ -136,16 +154,17 @@ def _planned(chosen: _Chosen, base_dir: Path, target: Path, *, base_name: str, o
         out=str(target.resolve()),
         **vars(options),
         dtype=_stored_dtypes(files, shards),
-        rounding="nearest",
+        rounding=rounding,
+        rounded=rounded,
         binding=binding,
         shards=shards,
         index=index,
         assets=assets,
         write_bytes=write_bytes,
         free_bytes=free_bytes,
-        memory_bytes=_memory(files, binding),
-        seconds=_seconds(files, binding),
-        warnings=(*binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
+        memory_bytes=_memory(files, binding, feedback="faithful" in rounded),
+        seconds=_seconds(files, binding, feedback=rounding != "nearest"),
+        warnings=(*why, *binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
     )
 
 
@@ -176,6 +195,43 @@ def _dtype(name: str) -> str | None:
     return DTYPES[name]
 
 
+def _rounding(
+    asked: str, chosen: _Chosen, files: Sequence[OutputFile], binding: Binding, *, options: _Options
+) -> tuple[str, dict[str, int], tuple[Finding, ...]]:
+    """The rounding, how many tensors are rounded in which way, and why, where that was ours to choose."""
+    if asked not in ("auto", *ROUNDINGS):
+        raise OutputError("There is no such rounding.", where=asked, expected=", ".join(("auto", *ROUNDINGS)))
+    if asked in CALIBRATED and (len(chosen) > 1 or chosen[0][2] != 1 or options.base_view is not None):
+        raise OutputError(
+            "Calibrated rounding needs the live adapter beside its base, and this merge has no such twin.",
+            where=f"--rounding {asked}",
+            expected="one adapter, with weight 1, on the base as it is stored",
+            next_step="leave --rounding out: faithful rounding needs no forward pass",
+        )
+    by_name = binding.by_name
+    touched = [(info.dtype, by_name[info.name]) for file in files for info in file.tensors if info.name in by_name]
+
+    def count(rounding: str) -> dict[str, int]:
+        return dict(Counter(rounding_of(rounding, dtype, updates) for dtype, updates in touched))
+
+    chosen_rounding = asked if asked != "auto" else "faithful" if "faithful" in count("faithful") else "nearest"
+    rounded = count(chosen_rounding)
+    if asked not in ("auto", "nearest") and asked not in rounded:
+        raise OutputError(
+            "There is nothing to be rounded so.",
+            where=f"--rounding {asked}",
+            expected="a low-rank update that is stored in bf16",
+            found=", ".join(sorted({dtype for dtype, _ in touched})) or "no changed tensor",
+            next_step="leave --rounding out",
+        )
+    if asked != "auto":
+        return asked, rounded, ()
+    low_rank = any(isinstance(update, LowRank) for _, updates in touched for update in updates)
+    code = "rounding_faithful" if chosen_rounding == "faithful" else "rounding_fine" if low_rank else "rounding_whole"
+    params: dict[str, Value] = {"tensors": rounded.get(chosen_rounding, 0)}
+    return chosen_rounding, rounded, (Finding(code=code, severity="info", params=params),)
+
+
 def _bytes(size: str | int | None) -> int | None:
     if size is None:
         return None
@@ -187,6 +243,19 @@ def _bytes(size: str | int | None) -> int | None:
     if not isinstance(size, int) or size <= 0:
         raise OutputError("This is no size of a file.", where=size, expected="such as 5GB, 500MB or 2GiB")
     return size
+
+
+def _calibration(file: str | os.PathLike[str] | None, rounding: str) -> str | None:
+    if file is None:
+        return None
+    if rounding not in CALIBRATED:
+        raise OutputError(
+            "Only calibrated rounding looks at rows.",
+            where=file,
+            expected=f"--rounding {' or '.join(CALIBRATED)}",
+            found=f"--rounding {rounding}",
+        )
+    return str(Path(file).expanduser().resolve())
 
 
 def _stored_dtypes(files: Sequence[OutputFile], shards: Sequence[ShardPlan]) -> str:
@@ -232,7 +301,7 @@ def _assets(run: Run, checkpoint: RunCheckpoint, model: Checkpoint) -> tuple[tup
     return tuple(assets), warnings
 
 
-def _memory(files: Sequence[OutputFile], binding: Binding) -> int:
+def _memory(files: Sequence[OutputFile], binding: Binding, *, feedback: bool) -> int:
     """The largest unit's working set: the factors of one tensor or block in float64, and some tiles."""
     by_name = binding.by_name
     most, widest = 0, 0
@@ -243,12 +312,13 @@ def _memory(files: Sequence[OutputFile], binding: Binding) -> int:
         rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
         ranks = max((update.r for update in lows), default=0) if in_blocks else sum(update.r for update in lows)
         whole = 8 * columns if any(isinstance(update, Magnitude) for update in by_name[info.name]) else 0
-        most, widest = max(most, 2 * 8 * ranks * (rows + columns) + whole), max(widest, columns)
-    return most + 12 * 8 * max(TILE_ELEMENTS, widest)
+        spaces = 3 * 8 * ranks * columns if feedback else 0
+        most, widest = max(most, 2 * 8 * ranks * (rows + columns) + whole + spaces), max(widest, columns)
+    return most + 12 * 8 * max(TILE_ELEMENTS * (FEEDBACK_TILES if feedback else 1), widest)
 
 
-def _seconds(files: Sequence[OutputFile], binding: Binding) -> float:
-    """Two cores: what is computed takes some nanoseconds a number, everything is hashed and written."""
+def _seconds(files: Sequence[OutputFile], binding: Binding, *, feedback: bool) -> float:
+    """Two cores: what is computed takes some nanoseconds a number, everything is read and written."""
     by_name = binding.by_name
     computed = sum(info.elements for file in files for info in file.tensors if info.name in by_name)
-    return 1.0 + computed * 2e-9 + sum(file.size_bytes for file in files) / 1.5e9
+    return 1.0 + computed * (6e-9 if feedback else 2e-9) + sum(file.size_bytes for file in files) / 1.5e9

@@ -70,7 +70,11 @@ class MergePlan(Record):
         out: absolute directory to be made.
         dtype: what the changed tensors are stored in, such as ``BF16``.
         convert_to: the dtype that every floating-point tensor is stored in, such as ``F32``; None for the base's own.
-        rounding: how they are rounded: ``nearest``.
+        rounding: how those with a low-rank update are rounded: ``nearest``, ``stochastic``, ``faithful``,
+            ``calibrated`` or ``calibrated-free``.
+        rounded: how many tensors are rounded in each way.
+        seed: of what is drawn by chance: stochastic rounding, the calibration text.
+        calibration: the user's file of rows for calibrated rounding; None for text that the tuned model writes.
         shard_bytes: the size that no file of more than one tensor exceeds; None for the base's own files.
         binding: what the adapters make of the base.
         shards: weights to write.
@@ -93,6 +97,9 @@ class MergePlan(Record):
     dtype: str
     convert_to: str | None = None
     rounding: str
+    rounded: dict[str, int] = {}
+    seed: int = 0
+    calibration: str | None = None
     shard_bytes: int | None = None
     binding: Binding
     shards: tuple[ShardPlan, ...]
@@ -126,26 +133,63 @@ class MergePlan(Record):
         return sum(shard.tensors for shard in self.shards)
 
 
-class TensorFidelity(Part):
-    """What rounding kept of one update.
+class Kept(Part):
+    """What rounding kept of an update.
 
-    Δ is what the exact result adds to what the tensor began as; realised is what the stored one adds to it.
+    Δ is what the exact result adds to what a tensor began as; realised is what the stored one adds to it.
+
+    Attributes:
+        share_unchanged: share of the numbers that rounding left as they were.
+        relative_error: ‖realised − Δ‖ / ‖Δ‖.
+        gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩; 1 is a whole update.
+        error_inside: ‖(realised − Δ)·U‖ / ‖Δ‖, U being an orthonormal basis of the update's row space, where Δ acts;
+            None where that was not measured.
+    """
+
+    share_unchanged: float
+    relative_error: float
+    gain: float
+    error_inside: float | None = None
+
+
+class Forecast(Part):
+    """What rounding would keep of an update, from a few rows of a few tensors.
+
+    Attributes:
+        dtype: what they are stored in.
+        rounding: how a merge would round them.
+        tensors: how many were looked at.
+        elements: how many numbers of them.
+        kept: what that rounding would keep.
+        nearest: what rounding to nearest would keep.
+    """
+
+    dtype: str
+    rounding: str
+    tensors: int
+    elements: int
+    kept: Kept
+    nearest: Kept
+
+
+class TensorFidelity(Kept):
+    """What rounding kept of one tensor's update.
 
     Attributes:
         name: the tensor's name.
         elements: how many numbers it holds.
-        share_unchanged: share of them that rounding left as they were.
-        relative_error: ‖realised − Δ‖ / ‖Δ‖.
-        gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩; 1 is a whole update.
         delta_norm: ‖Δ‖ (Frobenius), the weight of this tensor among the others.
+        rounding: how it was rounded.
+        share_beyond: share of the numbers that are neither of the two that bracket the exact value.
+        nearest: what rounding to nearest would have kept; None where that is how it was rounded.
     """
 
     name: str
     elements: int
-    share_unchanged: float
-    relative_error: float
-    gain: float
     delta_norm: float = 0.0
+    rounding: str = "nearest"
+    share_beyond: float = 0.0
+    nearest: Kept | None = None
 
 
 class Receipt(Part):
@@ -171,8 +215,8 @@ class Merged(Record):
         plan: what was asked.
         receipts: what was written, one a file of weights.
         seconds: wall time.
-        share_unchanged: share of all updated tensors' elements that rounding left as they were.
-        gain: ⟨realised, Δ⟩ / ⟨Δ, Δ⟩ over all updated tensors.
+        kept: what rounding kept, over all updated tensors.
+        nearest: what rounding to nearest would have kept of them.
         resumed_bytes: how much an earlier, interrupted merge had written and was found good.
         findings: what the user should know of the result.
     """
@@ -180,8 +224,8 @@ class Merged(Record):
     plan: MergePlan
     receipts: tuple[Receipt, ...]
     seconds: float
-    share_unchanged: float
-    gain: float
+    kept: Kept
+    nearest: Kept
     resumed_bytes: int = 0
     findings: tuple[Finding, ...] = ()
 

@@ -1,37 +1,39 @@
-"""The arithmetic of a merge: one tile of rows, summed in float64 and rounded once.
+"""The plain arithmetic of a merge: one tile of rows, summed in float64 and rounded once.
 
     W' = round(W + s · B·A)
 
-Legend: I input features, O output features, R rank, T rows of the tile.  A_RI, B_TR, W_TI.
-
-Rounding twice (float64 → float32 → bf16, or Δ → bf16 and then the sum) changes bytes; :func:`round_once` goes from
-float64 to the stored dtype in one step, to the nearest value, ties to even (IEEE 754-2019, 4.3.1).
+Legend: I input features, O output features, R rank, M columns of U, T rows of the tile.  A_RI, B_TR, W_TI.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from tunesmith.checkpoint import Array, Float64, as_float64
-
-_BF16_SHIFT = 45  # float64 keeps 52 bits of fraction, bf16 keeps 7
-_BF16_MIN_NORMAL = 2.0**-126
-_BF16_STEP_BELOW = 2.0**-133  # the spacing of bf16's subnormal numbers
+from tunesmith.merge.rounding import Rounder, round_once
 
 
 @dataclass(frozen=True)
 class TileSums:
     """What rounding kept of Δ in one tile; sums, so that tiles add up.
 
+    With E = realised − Δ, where realised is stored result − W.
+
     Attributes:
         elements: numbers in the tile.
         unchanged: those whose stored bits are the base's.
         delta_delta: Σ Δ².
-        realised_delta: Σ realised·Δ, where realised is stored result − W.
-        error_error: Σ (realised − Δ)².
+        realised_delta: Σ realised·Δ.
+        error_error: Σ E².
         overflowed: results that are infinite or NaN.
+        inside: ‖E·basis‖², the error within the update's row space; 0 where that was not asked for.
+        beyond: results that are neither of the two numbers that bracket the exact one.
+        nearest_unchanged: ``unchanged``, had every number been rounded to nearest.
+        nearest_realised_delta: ``realised_delta``, likewise.
+        nearest_error_error: ``error_error``, likewise.
+        nearest_inside: ``inside``, likewise.
     """
 
     elements: int = 0
@@ -40,32 +42,38 @@ class TileSums:
     realised_delta: float = 0.0
     error_error: float = 0.0
     overflowed: int = 0
+    inside: float = 0.0
+    beyond: int = 0
+    nearest_unchanged: int = 0
+    nearest_realised_delta: float = 0.0
+    nearest_error_error: float = 0.0
+    nearest_inside: float = 0.0
 
     def __add__(self, other: TileSums) -> TileSums:
-        return TileSums(
-            self.elements + other.elements,
-            self.unchanged + other.unchanged,
-            self.delta_delta + other.delta_delta,
-            self.realised_delta + other.realised_delta,
-            self.error_error + other.error_error,
-            self.overflowed + other.overflowed,
+        return TileSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    @classmethod
+    def of_nearest(cls, elements: int, unchanged: int, *products: float, overflowed: int = 0) -> TileSums:
+        """The sums where what was stored is the nearest.
+
+        Args:
+            elements: numbers in the tile.
+            unchanged: those whose stored bits are the base's.
+            *products: Σ Δ², Σ realised·Δ and Σ E².
+            overflowed: results that are infinite or NaN.
+        """
+        delta_delta, realised_delta, error_error = products
+        return cls(
+            elements,
+            unchanged,
+            delta_delta,
+            realised_delta,
+            error_error,
+            overflowed,
+            nearest_unchanged=unchanged,
+            nearest_realised_delta=realised_delta,
+            nearest_error_error=error_error,
         )
-
-
-def merge_tile(stored_TI: Array, dtype: str, a_RI: Float64, b_TR: Float64, scaling: float) -> tuple[Array, TileSums]:
-    """Merge one tile of rows.
-
-    Args:
-        stored_TI: rows of the base tensor as stored (BF16 as uint16 patterns).
-        dtype: its safetensors dtype.
-        a_RI: lora_A.
-        b_TR: the same rows of lora_B.
-        scaling: what multiplies B·A.
-
-    Returns:
-        The merged rows in the same stored form, and what rounding kept.
-    """
-    return settle_tile(as_float64(stored_TI, dtype), (scaling * b_TR) @ a_RI, dtype, kept_TI=stored_TI)
 
 
 def settle_tile(
@@ -75,6 +83,8 @@ def settle_tile(
     *,
     kept_TI: Array | None = None,
     result_TI: Float64 | None = None,
+    rounder: Rounder | None = None,
+    first_row: int = 0,
 ) -> tuple[Array, TileSums]:
     """Round a tile to what is stored, once, and sum up what that keeps.
 
@@ -84,56 +94,56 @@ def settle_tile(
         dtype: the dtype to store.
         kept_TI: the beginning in stored form, which stays wherever nothing is added; None to round it.
         result_TI: the exact result, where it is not the sum (DoRA's ratio); nothing is kept then.
+        rounder: how to round; None to nearest.
+        first_row: the tile's first row in its tensor.
 
     Returns:
         The stored rows, and what rounding kept.
     """
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is counted, and refused by the caller
         begun_TI = round_once(w_TI, dtype) if kept_TI is None else kept_TI
+        exact_TI = w_TI + delta_TI if result_TI is None else result_TI
+        nearest_TI = round_once(exact_TI, dtype)
         if result_TI is None:
             # W + 0 is W, but −0.0 + 0.0 is 0.0: where nothing is added the base's own bits stay.
-            merged_TI = np.where(delta_TI == 0, begun_TI, round_once(w_TI + delta_TI, dtype))
-        else:
-            merged_TI = round_once(result_TI, dtype)
-        realised_TI = as_float64(merged_TI, dtype) - w_TI
-        error_TI = realised_TI - delta_TI
-        return merged_TI, TileSums(
-            elements=merged_TI.size,
-            unchanged=int(np.count_nonzero(merged_TI == begun_TI)),
-            delta_delta=float(np.einsum("ti,ti->", delta_TI, delta_TI)),
-            realised_delta=float(np.einsum("ti,ti->", realised_TI, delta_TI)),
-            error_error=float(np.einsum("ti,ti->", error_TI, error_TI)),
-            overflowed=int(np.count_nonzero(~np.isfinite(realised_TI))),
+            nearest_TI = np.where(delta_TI == 0, begun_TI, nearest_TI)
+        error_TI = as_float64(nearest_TI, dtype) - w_TI - delta_TI
+        nearest = TileSums.of_nearest(
+            nearest_TI.size,
+            int(np.count_nonzero(nearest_TI == begun_TI)),
+            _dot(delta_TI, delta_TI),
+            _dot(error_TI + delta_TI, delta_TI),
+            _dot(error_TI, error_TI),
+            overflowed=int(np.count_nonzero(~np.isfinite(error_TI))),
         )
+        if rounder is None or nearest.overflowed:
+            return nearest_TI, nearest
+    rounded_TI = rounder.round(exact_TI, first_row)
+    merged_TI = round_once(rounded_TI, dtype)
+    if kept_TI is not None and result_TI is None:
+        merged_TI = np.where((delta_TI == 0) & (rounded_TI == w_TI), kept_TI, merged_TI)
+    chosen_TI = as_float64(merged_TI, dtype) - w_TI - delta_TI
+    inside, nearest_inside = (
+        (0.0, 0.0)
+        if rounder.basis_IM is None
+        else (float(np.square(part_TI @ rounder.basis_IM).sum()) for part_TI in (chosen_TI, error_TI))
+    )
+    below_TI, above_TI, _ = rounder.grid.bracket(exact_TI)
+    return merged_TI, TileSums(
+        nearest.elements,
+        int(np.count_nonzero(merged_TI == begun_TI)),
+        nearest.delta_delta,
+        _dot(chosen_TI + delta_TI, delta_TI),
+        _dot(chosen_TI, chosen_TI),
+        0,
+        inside,
+        int(np.count_nonzero((rounded_TI != below_TI) & (rounded_TI != above_TI))),
+        nearest.unchanged,
+        nearest.realised_delta,
+        nearest.error_error,
+        nearest_inside,
+    )
 
 
-def round_once(values: Float64, dtype: str) -> Array:
-    """Round float64 to a stored dtype in one step, to nearest, ties to even.
-
-    Args:
-        values: any shape.
-        dtype: ``BF16``, ``F16``, ``F32`` or ``F64``.
-
-    Returns:
-        The stored numbers, of the same shape; BF16 as uint16 patterns.  Too large values become infinite.
-    """
-    if dtype == "BF16":
-        return _bf16_patterns(values)
-    with np.errstate(over="ignore"):
-        return values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
-
-
-def _bf16_patterns(values: Float64) -> Array:
-    bits = np.ascontiguousarray(values).view(np.uint64)
-    kept_is_odd = (bits >> np.uint64(_BF16_SHIFT)) & np.uint64(1)
-    half = np.uint64((1 << (_BF16_SHIFT - 1)) - 1)
-    rounded = (bits + half + kept_is_odd) & ~np.uint64((1 << _BF16_SHIFT) - 1)
-    nearest = rounded.view(np.float64)
-    small = np.abs(values) < _BF16_MIN_NORMAL
-    with np.errstate(over="ignore"):
-        if small.any():
-            subnormal = np.copysign(np.rint(values / _BF16_STEP_BELOW) * _BF16_STEP_BELOW, values)
-            nearest = np.where(small, subnormal, nearest)
-        single = nearest.astype(np.float32)
-    patterns = (single.view(np.uint32) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), patterns)
+def _dot(first_TI: Float64, second_TI: Float64) -> float:
+    return float(np.einsum("ti,ti->", first_TI, second_TI))

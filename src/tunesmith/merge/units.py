@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Update
+from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Update, beside
 from tunesmith.checkpoint import BaseView, Checkpoint, TensorInfo, ViewKind
 from tunesmith.merge.layout import OutputFile
 
@@ -28,6 +28,7 @@ class TensorTask:
         source: the file of the base's tensor that it begins as; None where the adapter stores it whole.
         source_info: where that tensor lies there.
         view: how it is seen, as QLoRA training saw it; None for as it is stored.
+        beside: updates of other tensors that are given the same input; rounding may take account of them.
     """
 
     info: TensorInfo
@@ -35,6 +36,7 @@ class TensorTask:
     source: str | None = None
     source_info: TensorInfo | None = None
     view: ViewKind | None = None
+    beside: tuple[LowRank, ...] = ()
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -126,12 +128,18 @@ class Context:
     Attributes:
         base: the base's directory.
         adapters: directory and weight of every adapter.
+        rounding: how to round what has a low-rank update: see :mod:`tunesmith.merge.rounders`.
+        seed: of stochastic rounding.
+        inputs: the directory of recorded inputs, for calibrated rounding.
         compiled: whether to use the compiled arithmetic; the bytes are the same.
         fingerprint: two units of one fingerprint read the same inputs, and may share what they know of them.
     """
 
     base: str
     adapters: tuple[tuple[str, float], ...]
+    rounding: str = "nearest"
+    seed: int = 0
+    inputs: str | None = None
     compiled: bool = False
     fingerprint: str = ""
 
@@ -164,14 +172,14 @@ def pieces_of(file: OutputFile, base: Checkpoint, binding: Binding, *, view: Bas
         binding: what the adapters make of it.
         view: how the base is seen; None for as it is stored.
     """
-    by_name = binding.by_name
+    by_name, neighbours = binding.by_name, beside(binding)
     pieces: list[Piece] = []
     if file.layout_of is None:
         pieces.append(Literal(file.header))
     else:
         pieces.append(Copy(str(base.shards[file.layout_of].path), 0, 0, len(file.header)))
     for info in file.tensors:
-        piece = _piece(info, base, by_name.get(info.name, ()), view=view)
+        piece = _piece(info, base, by_name.get(info.name, ()), neighbours.get(info.name, ()), view=view)
         last = pieces[-1]
         if isinstance(piece, Copy) and isinstance(last, Copy) and _continues(last, piece):
             pieces[-1] = Copy(last.source, last.offset, last.begin, last.count + piece.count)
@@ -180,7 +188,14 @@ def pieces_of(file: OutputFile, base: Checkpoint, binding: Binding, *, view: Bas
     return pieces
 
 
-def _piece(info: TensorInfo, base: Checkpoint, updates: tuple[Update, ...], *, view: BaseView | None) -> Copy | Compute:
+def _piece(
+    info: TensorInfo,
+    base: Checkpoint,
+    updates: tuple[Update, ...],
+    neighbours: tuple[LowRank, ...],
+    *,
+    view: BaseView | None,
+) -> Copy | Compute:
     if any(isinstance(update, Replaced) for update in updates):
         return _computed(TensorTask(info, updates))
     origin = next((update.source for update in updates if isinstance(update, Copied)), info.name)
@@ -188,7 +203,7 @@ def _piece(info: TensorInfo, base: Checkpoint, updates: tuple[Update, ...], *, v
     viewed = view.kind if view is not None and view.applies_to(base, origin) else None
     if source.dtype == info.dtype and not viewed and all(isinstance(update, Copied) for update in updates):
         return Copy(path, source.begin, info.begin, info.size_bytes)
-    return _computed(TensorTask(info, updates, path, source, viewed))
+    return _computed(TensorTask(info, updates, path, source, viewed, neighbours))
 
 
 def _computed(task: TensorTask) -> Compute:

@@ -17,11 +17,14 @@ from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows,
 from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, copy_range, stored_array, write_at
 from tunesmith.errors import CheckpointError
-from tunesmith.merge.kernel import settle_bf16
+from tunesmith.merge.kernel import settle_bf16, settle_panel
+from tunesmith.merge.rounders import CALIBRATED, WIDEST, calibrated, faithful, recorded_inputs, rounding_of, stochastic
+from tunesmith.merge.rounding import Feedback, Rounder
 from tunesmith.merge.tiles import TileSums, settle_tile
 from tunesmith.merge.units import Compute, Context, Copy, Literal, TensorTask, Unit
 
 TILE_ELEMENTS = 1 << 16
+FEEDBACK_TILES = 16  # so many tiles at once
 _COPY_BYTES = 16 << 20
 _READ_BYTES = 1 << 18  # fits the second cache, so that the checksum reads what was just copied there
 
@@ -169,12 +172,14 @@ def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> T
     task, stack, total = piece.task, _stack(context), TileSums()
     with _Start(task, stack, context) as begun:
         norms = _column_norms(task, stack, begun) if task.whole else None
-        fast = _Fast(task) if context.compiled and _is_plain(task) else None
         for segment in _segments(task, piece.start, piece.stop, stack):
-            for rows in _row_tiles(segment.start, segment.stop, task.matrix[1], _Fast.ELEMENTS if fast else None):
+            rounder = _rounder(task, segment, context, begun)
+            fast = _Fast.of(task, context, rounder)
+            height = fast.height if fast else _tile_rows(task, rounder)
+            for rows in _row_tiles(segment.start, segment.stop, height):
                 done = fast.merge(begun, segment, rows=rows) if fast else None
                 for part, (merged, sums) in (
-                    [(rows, done)] if done else _plainly(task, stack, begun, segment, rows, norms)
+                    [(rows, done)] if done else _plainly(task, stack, begun, segment, rows, norms, rounder)
                 ):
                     if sums.overflowed:
                         raise _not_finite(task, begun.read(*part)[0])
@@ -185,45 +190,103 @@ def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> T
     return total
 
 
+def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start) -> Rounder | None:
+    """How a segment's rows are rounded; None for to nearest."""
+    rounding, a_RI = rounding_of(context.rounding, task.info.dtype, task.updates), segment.a_RI
+    if rounding == "stochastic":
+        return stochastic(context.seed, task.info.name, a_RI)
+    if rounding == "nearest" or a_RI is None:
+        return None
+    if rounding in CALIBRATED and context.inputs is not None:
+        module = next(update.module for update in task.updates if isinstance(update, LowRank))
+        inputs_NI = recorded_inputs(context.inputs, module)
+        if inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]:
+            return calibrated(inputs_NI, _squared_steps(task, begun), a_RI, clamp=rounding == "calibrated")
+    stack, width = _stack(context), len(a_RI) + sum(update.r for update in task.beside)
+    return faithful(a_RI, [stack.factors(update)[0] for update in task.beside] if width <= WIDEST else [])
+
+
+def _squared_steps(task: TensorTask, begun: _Start) -> Float64:
+    """Mean over all rows of step², where step is the distance of a bf16 number to the next, in every column."""
+    rows, columns = task.matrix
+    total_I = np.zeros(columns)
+    for start, stop in _row_tiles(0, rows, _tile_rows(task, None)):
+        _, exponents_TI = np.frexp(begun.read(start, stop)[0])
+        total_I += np.ldexp(1.0, 2 * (np.maximum(exponents_TI, -125) - 8)).sum(0)
+    return np.asarray(total_I / max(1, rows))
+
+
 def _is_plain(task: TensorTask) -> bool:
     """Whether a tensor is the base's in bf16, stays in bf16, and has nothing but low-rank updates."""
     dtypes = (task.info.dtype, task.source_info.dtype if task.source_info else None, task.view)
     return dtypes == ("BF16", "BF16", None) and all(isinstance(update, LowRank | Copied) for update in task.updates)
 
 
+def _tile_rows(task: TensorTask, rounder: Rounder | None) -> int:
+    """Rows that the plain arithmetic takes at once; with feedback many, for it goes column by column."""
+    elements = TILE_ELEMENTS * (FEEDBACK_TILES if isinstance(rounder, Feedback) else 1)
+    return max(1, elements // max(1, task.matrix[1]))
+
+
 class _Fast:
-    """The compiled arithmetic, with memory that is used again for all rows of a tensor.
+    """The compiled arithmetic, with memory that is used again for all rows of a segment.
 
     It reads and writes more at once than it computes at once: system calls are dear, and so is memory beyond the
     second cache.
+
+    Args:
+        task: the tensor.
+        rounder: how it is rounded; None for to nearest.
+
+    Attributes:
+        height: how many rows it merges at once.
     """
 
     ELEMENTS = 1 << 19
+    PANEL_ROWS = 256  # with feedback: rows side by side, which a block of columns of fits the second cache
 
-    def __init__(self, task: TensorTask) -> None:
-        columns = task.matrix[1]
-        height = max(1, self.ELEMENTS // max(1, columns))
-        self._tile_rows = max(1, TILE_ELEMENTS // max(1, columns))
-        self._delta_TI = np.empty((min(self._tile_rows, height), columns))
-        self._stored_TI = np.empty((height, columns), np.uint16)
-        self._merged_TI = np.empty((height, columns), np.uint16)
+    def __init__(self, task: TensorTask, rounder: Feedback | None) -> None:
+        columns = max(1, task.matrix[1])
+        self._rounder = rounder
+        self.height = max(1, self.ELEMENTS // columns) if rounder is None else self.PANEL_ROWS
+        self._tile_rows = max(1, TILE_ELEMENTS // columns)
+        self._delta_TI = np.empty((min(self._tile_rows, self.height), columns)) if rounder is None else None
+        self._stored_TI = np.empty((self.height, columns), np.uint16)
+        self._merged_TI = np.empty((self.height, columns), np.uint16)
+
+    @classmethod
+    def of(cls, task: TensorTask, context: Context, rounder: Rounder | None) -> _Fast | None:
+        """The compiled arithmetic for a tensor; None where it has to be done the plain way."""
+        if isinstance(rounder, Feedback | None) and context.compiled and _is_plain(task):
+            return cls(task, rounder)
+        return None
 
     def merge(self, begun: _Start, segment: Segment, *, rows: tuple[int, int]) -> tuple[Array, TileSums] | None:
         """Merge some rows; None where it must be done the plain way."""
         if segment.a_RI is None or segment.b_OR is None:
             return None
-        height, total = rows[1] - rows[0], TileSums()
+        height = rows[1] - rows[0]
         begun.read_into(self._stored_TI[:height], rows[0])
         b_TR = segment.b_OR[rows[0] - segment.start : rows[1] - segment.start]
+        if self._rounder is None:
+            total = self._nearest(b_TR, segment.a_RI)
+        else:
+            stored_TI, merged_TI = self._stored_TI[:height], self._merged_TI[:height]
+            total = settle_panel(stored_TI, b_TR, segment.a_RI, self._rounder, merged_TI)
+        return None if total is None else (self._merged_TI[:height], total)
+
+    def _nearest(self, b_TR: Float64, a_RI: Float64) -> TileSums | None:
+        height, total = len(b_TR), TileSums()
+        assert self._delta_TI is not None, "made where nothing feeds back"  # noqa: S101
         for start in range(0, height, self._tile_rows):
             part = slice(start, min(start + self._tile_rows, height))
             delta_TI = self._delta_TI[: part.stop - start]
-            np.matmul(b_TR[part], segment.a_RI, out=delta_TI)
+            np.matmul(b_TR[part], a_RI, out=delta_TI)
             sums = settle_bf16(self._stored_TI[part], delta_TI, self._merged_TI[part])
             if sums is None:
                 return None
             total += sums
-        return self._merged_TI[:height], total
+        return total
 
 
 def _plainly(
@@ -233,9 +296,10 @@ def _plainly(
     segment: Segment,
     rows: tuple[int, int],
     norms: Float64 | None,
+    rounder: Rounder | None,
 ) -> Iterator[tuple[tuple[int, int], tuple[Array, TileSums]]]:
-    for part in _row_tiles(*rows, task.matrix[1]):
-        yield part, _tile(task, stack, begun, segment, rows=part, norms=norms)
+    for part in _row_tiles(*rows, _tile_rows(task, rounder)):
+        yield part, _tile(task, stack, begun, segment, rows=part, norms=norms, rounder=rounder)
 
 
 def _tile(
@@ -246,22 +310,27 @@ def _tile(
     *,
     rows: tuple[int, int],
     norms: Float64 | None,
+    rounder: Rounder | None,
 ) -> tuple[Array, TileSums]:
     w_TI, kept_TI = begun.read(*rows)
-    delta_TI = _delta(task, stack, segment, rows=rows, like=w_TI)
-    magnitudes = [update for update in task.updates if isinstance(update, Magnitude)]
-    if not magnitudes:
-        return settle_tile(w_TI, delta_TI, task.info.dtype, kept_TI=kept_TI)
-    result_TI = w_TI + delta_TI
-    for update in magnitudes:
-        m = as_float64(stack.rows(update), stack.info(update).dtype).reshape(-1)
-        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused by the caller
-            if update.per == "row":
-                ratio = m[slice(*rows)] / np.sqrt(np.einsum("ti,ti->t", result_TI, result_TI))
-                result_TI = ratio[:, None] * result_TI
-            elif norms is not None:
-                result_TI = (m / norms) * result_TI
-    return settle_tile(w_TI, result_TI - w_TI, task.info.dtype, kept_TI=kept_TI, result_TI=result_TI)
+    delta_TI, result_TI = _delta(task, stack, segment, rows=rows, like=w_TI), None
+    for update in task.updates:
+        if isinstance(update, Magnitude):
+            result_TI = _scaled(update, stack, w_TI + delta_TI, rows=rows, norms=norms)
+            delta_TI = result_TI - w_TI
+    return settle_tile(
+        w_TI, delta_TI, task.info.dtype, kept_TI=kept_TI, result_TI=result_TI, rounder=rounder, first_row=rows[0]
+    )
+
+
+def _scaled(update: Magnitude, stack: Stack, v_TI: Float64, *, rows: tuple[int, int], norms: Float64 | None) -> Float64:
+    m = as_float64(stack.rows(update), stack.info(update).dtype).reshape(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused by the caller
+        if update.per == "row":
+            ratio_T = m[slice(*rows)] / np.sqrt(np.einsum("ti,ti->t", v_TI, v_TI))
+            return np.asarray(ratio_T[:, None] * v_TI)
+        assert norms is not None, "found before the first tile"  # noqa: S101
+        return np.asarray((m / norms) * v_TI)
 
 
 def _delta(task: TensorTask, stack: Stack, segment: Segment, *, rows: tuple[int, int], like: Float64) -> Float64:
@@ -282,7 +351,7 @@ def _column_norms(task: TensorTask, stack: Stack, begun: _Start) -> Float64:
     rows, columns = task.matrix
     squares = np.zeros(columns)
     for segment in _segments(task, 0, rows, stack):
-        for start, stop in _row_tiles(segment.start, segment.stop, columns):
+        for start, stop in _row_tiles(segment.start, segment.stop, _tile_rows(task, None)):
             w_TI, _ = begun.read(start, stop)
             v_TI = w_TI + _delta(task, stack, segment, rows=(start, stop), like=w_TI)
             squares += np.einsum("ti,ti->i", v_TI, v_TI)
@@ -306,8 +375,7 @@ def _segments(task: TensorTask, start: int, stop: int, stack: Stack) -> Iterator
         yield Segment(first, last, np.ascontiguousarray(a_RI), np.ascontiguousarray(b_OR))
 
 
-def _row_tiles(start: int, stop: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    height = max(1, (elements or TILE_ELEMENTS) // max(1, columns))
+def _row_tiles(start: int, stop: int, height: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + height, stop)) for first in range(start, stop, height))
 
 

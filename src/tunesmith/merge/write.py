@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,18 +30,18 @@ from tunesmith.checkpoint import (
     view_of,
 )
 from tunesmith.errors import CheckpointError, OutputError
+from tunesmith.merge.fidelity import fidelity_of, judged, kept_of
 from tunesmith.merge.journal import JOURNAL_FILE, FileLedger, Journal
-from tunesmith.merge.kernel import available, kernel
+from tunesmith.merge.kernel import available, prepare
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.plan import shards_of
-from tunesmith.merge.records import Merged, MergePlan, Receipt, TensorFidelity
+from tunesmith.merge.records import Merged, MergePlan, Receipt
+from tunesmith.merge.rounders import CALIBRATED, rounding_of
 from tunesmith.merge.tiles import TileSums
-from tunesmith.merge.units import UNIT_BYTES, Context, units_of
-from tunesmith.merge.work import Tick, UnitReceipt, run_unit
+from tunesmith.merge.units import UNIT_BYTES, Compute, Context, TensorTask, units_of
+from tunesmith.merge.work import Tick, UnitReceipt, checksum_of, run_unit
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
-from tunesmith.record import Finding
 
-WEAK_GAIN = 0.95
 COMPILE_FROM_BYTES = 200 << 20
 
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -51,6 +51,7 @@ def merge(
     plan: MergePlan,
     *,
     executor: Executor | None = None,
+    inputs: Path | None = None,
     sha256: bool = False,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
@@ -63,6 +64,7 @@ def merge(
     Args:
         plan: what :func:`plan_merge` found.
         executor: what runs the units of work; None for a pool of threads, one a core.
+        inputs: for calibrated rounding: the directory of the recorded inputs of the adapted modules.
         sha256: also hash every file of weights when it is in place.  On two cores that takes about as long as a copy.
         progress: told of bytes written.
         cancellation: read between tiles, or between units where an executor was given.
@@ -78,14 +80,16 @@ def merge(
             no longer what was planned with.
     """
     started = time.monotonic()
+    if plan.rounding in CALIBRATED and inputs is None:
+        raise OutputError("Calibrated rounding needs the recorded inputs of the adapted modules.", where=plan.out)
     compiled = _pays_to_compile(plan)
     if compiled:  # meanwhile, for to load the compiler takes a moment
-        threading.Thread(target=kernel, daemon=True).start()
+        threading.Thread(target=prepare, args=(plan.rounding not in ("nearest", "stochastic"),), daemon=True).start()
     base, files = _checked(plan)
     stamps = _stamps(plan, base)
-    fingerprint = _fingerprint(plan, files, stamps)
+    fingerprint = _fingerprint(plan, files, stamps, inputs)
     with resumable_stage(Path(plan.out), force=plan.force) as stage:
-        work = _Work(plan, stage, _Reporter(plan, progress, cancellation or Cancellation()))
+        work = _Work(plan, stage, _Reporter(plan, progress, cancellation or Cancellation()), inputs)
         journal = Journal(stage.root / JOURNAL_FILE, fingerprint)
         try:
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
@@ -102,8 +106,19 @@ def merge(
         _write_small_files(plan, stage.new)
         stage.publish()
     hashes = _hashes(Path(plan.out), files) if sha256 else [None] * len(files)
-    receipts = tuple(_receipt(*one) for one in zip(files, ledgers, hashes, strict=True))
-    return _merged(plan, receipts, seconds=time.monotonic() - started, resumed_bytes=resumed)
+    rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
+    receipts = tuple(_receipt(*one, rounding) for one in zip(files, ledgers, hashes, strict=True))
+    total = sum((sums for ledger in ledgers for sums in ledger.sums.values()), TileSums())
+    kept, nearest = kept_of(total, plan.rounding)
+    return Merged(
+        plan=plan,
+        receipts=receipts,
+        seconds=time.monotonic() - started,
+        kept=kept,
+        nearest=nearest,
+        resumed_bytes=resumed,
+        findings=judged(plan, kept, nearest),
+    )
 
 
 class _Reporter:
@@ -131,12 +146,21 @@ class _Work:
     plan: MergePlan
     stage: Stage
     report: _Reporter
+    inputs: Path | None = None
 
     def ledgers(
         self, files: Sequence[OutputFile], base: Checkpoint, *, fingerprint: str, compiled: bool
     ) -> list[FileLedger]:
         adapters = tuple((one.adapter, one.weight) for one in self.plan.adapters)
-        context = Context(self.plan.base, adapters, compiled, fingerprint)
+        context = Context(
+            self.plan.base,
+            adapters,
+            rounding=self.plan.rounding,
+            seed=self.plan.seed,
+            inputs=None if self.inputs is None else str(self.inputs.resolve()),
+            compiled=compiled,
+            fingerprint=fingerprint,
+        )
         view = view_of(self.plan.base_view)
         units = units_of(files, base, self.plan.binding, stage=self.stage.new, context=context, view=view)
         return [FileLedger(Path(target), list(mine)) for target, mine in groupby(units, key=lambda unit: unit.target)]
@@ -229,12 +253,15 @@ def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
         yield pool, True
 
 
-def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list[Any]]) -> str:
+def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list[Any]], inputs: Path | None) -> str:
     """A hash of all that decides the bytes of the weights."""
+    recorded = sorted(path for path in inputs.iterdir() if path.is_file()) if inputs is not None else []
     facts = {
         "version": importlib.metadata.version("tunesmith"),
         "unit_bytes": UNIT_BYTES,
         "options": [plan.base, plan.base_view, plan.base_is_residual, plan.convert_to, plan.shard_bytes, plan.rounding],
+        "seed": plan.seed if plan.rounding == "stochastic" else None,
+        "inputs": [[path.name, checksum_of(path, 0, path.stat().st_size)] for path in recorded],
         "adapters": [
             [one.adapter, one.weight]
             + [sha256_of(Path(one.adapter, name)) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
@@ -278,25 +305,21 @@ def _checked(plan: MergePlan) -> tuple[Checkpoint, tuple[OutputFile, ...]]:
     return base, files
 
 
-def _receipt(file: OutputFile, ledger: FileLedger, sha256: str | None) -> Receipt:
+def _tasks(ledgers: Sequence[FileLedger]) -> Iterator[TensorTask]:
+    return (
+        piece.task for ledger in ledgers for unit in ledger.units for piece in unit.pieces if isinstance(piece, Compute)
+    )
+
+
+def _receipt(file: OutputFile, ledger: FileLedger, sha256: str | None, rounding: Mapping[str, str]) -> Receipt:
     sums = ledger.sums
     return Receipt(
         filename=file.filename,
         size_bytes=file.size_bytes,
         sha256=sha256,
-        tensors=tuple(_fidelity(info.name, sums[info.name]) for info in file.tensors if info.name in sums),
-    )
-
-
-def _fidelity(name: str, sums: TileSums) -> TensorFidelity:
-    delta = sums.delta_delta
-    return TensorFidelity(
-        name=name,
-        elements=sums.elements,
-        share_unchanged=sums.unchanged / max(1, sums.elements),
-        relative_error=(sums.error_error / delta) ** 0.5 if delta else 0.0,
-        gain=sums.realised_delta / delta if delta else 1.0,
-        delta_norm=delta**0.5,
+        tensors=tuple(
+            fidelity_of(info.name, sums[info.name], rounding[info.name]) for info in file.tensors if info.name in sums
+        ),
     )
 
 
@@ -329,25 +352,3 @@ def _spell_rope_twice(section: dict[str, Any]) -> None:
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
         if scaled.get("rope_type", "default") != "default":
             section.setdefault("rope_scaling", scaled)
-
-
-def _merged(plan: MergePlan, receipts: tuple[Receipt, ...], *, seconds: float, resumed_bytes: int) -> Merged:
-    tensors = [tensor for receipt in receipts for tensor in receipt.tensors]
-    elements = sum(tensor.elements for tensor in tensors)
-    weight = sum(tensor.delta_norm**2 for tensor in tensors)
-    gain = sum(tensor.gain * tensor.delta_norm**2 for tensor in tensors) / weight if weight else 1.0
-    unchanged = sum(tensor.share_unchanged * tensor.elements for tensor in tensors) / max(1, elements)
-    lost = Finding(
-        code="update_lost_in_rounding",
-        severity="warning",
-        params={"gain": gain, "share_unchanged": unchanged, "dtype": plan.dtype},
-    )
-    return Merged(
-        plan=plan,
-        receipts=receipts,
-        seconds=seconds,
-        share_unchanged=unchanged,
-        gain=gain,
-        resumed_bytes=resumed_bytes,
-        findings=(lost,) if gain < WEAK_GAIN else (),
-    )

@@ -104,15 +104,58 @@ def generate(
         DataError: no such variant, or its tokenizer has no chat template.
         PromptError: prompts that leave no room in the context window; all are named.
     """
+    with variants.active(name) as (_, tokenizer), quiet_logging():
+        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        return continue_rows(
+            variants,
+            name,
+            rows,
+            settings,
+            on_text=on_text,
+            progress=progress,
+            cancellation=cancellation,
+            batch_size=batch_size,
+        )
+
+
+def continue_rows(
+    variants: VariantSet,
+    name: str,
+    rows: Sequence[Sequence[int]],
+    settings: GenerationSettings | None = None,
+    *,
+    on_text: OnText | None = None,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+    batch_size: int = 8,
+) -> list[Generation]:
+    """Let one variant go on from token ids, whatever they are: :func:`generate` after its prompts are encoded.
+
+    Args:
+        variants: the loaded variants.
+        name: which of them goes on.
+        rows: token ids, at least one a row.
+        settings: as for :func:`generate`, like all that follow.
+        on_text: as there.
+        progress: as there.
+        cancellation: as there.
+        batch_size: as there.
+
+    Returns:
+        One generation a row, in their order, of the new tokens only.
+
+    Raises:
+        DataError: there is no such variant.
+        PromptError: rows that leave no room in the context window; all are named.
+    """
     settings = settings or GenerationSettings()
     cancellation = cancellation or Cancellation()
     done: dict[int, Generation] = {}
 
     def on_token(tokens: int) -> None:
-        progress(Progress("generate", len(done), len(prompts), "prompts", f"{name}: {tokens} tokens"))
+        progress(Progress("generate", len(done), len(rows), "prompts", f"{name}: {tokens} tokens"))
 
     with variants.active(name) as (model, tokenizer), quiet_logging():
-        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         check_token_ids(model, rows)
         eos_ids = _eos_ids(model, tokenizer)
         limits = _limits(rows, context_window(model), settings.max_new_tokens)
@@ -123,9 +166,9 @@ def generate(
             stream = _Stream(tokenizer, eos_ids, batch, limit, on_text=on_text, on_token=on_token)
             _run(model, tokenizer, [rows[i] for i in batch], settings, stream, cancellation)
             done.update(stream.generations(cancelled=cancellation.requested))
-            progress(Progress("generate", len(done), len(prompts), "prompts", name))
+            progress(Progress("generate", len(done), len(rows), "prompts", name))
     unstarted = Generation("", (), "cancelled", 0.0, None, None)
-    return [done.get(index, unstarted) for index in range(len(prompts))]
+    return [done.get(index, unstarted) for index in range(len(rows))]
 
 
 def _limits(rows: Sequence[Sequence[int]], window: int | None, max_new_tokens: int) -> list[int]:
@@ -159,6 +202,8 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
     The template's is what the answer's loss was trained to end with, also where the base model's own end is another.
     """
+    from jinja2 import TemplateError
+
     found: set[int] = set()
     for ids in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id):
         found.update(ids if isinstance(ids, list) else [ids] if ids is not None else [])
@@ -167,7 +212,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
     try:
         encoded = encode(tokenizer, Conversation(id="end of turn", messages=turns))
-    except DataError:  # a template that answers cannot be told apart in still generates
+    except (DataError, TemplateError):  # a template that answers cannot be told apart in still generates
         return sorted(found)
     last = [token for token, answer in zip(encoded.input_ids, encoded.supervised, strict=True) if answer][-1]
     if last in {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}:

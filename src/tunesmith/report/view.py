@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.adapter.records import AdapterFacts
 from tunesmith.compare import Comparison, Reply, Score, Segment, VariantInfo, word_diff
 from tunesmith.conversations import Conversation, Message
-from tunesmith.merge import Merged, TensorFidelity
+from tunesmith.merge import Kept, Merged, TensorFidelity
 from tunesmith.record import Finding
 from tunesmith.report.texts import templates
 from tunesmith.report.units import figure, human_bytes, human_count, human_seconds, human_share
@@ -28,7 +28,6 @@ _UNLIKE_BELOW = 0.4  # share of text in common under which marking single words 
 _OPEN_PROMPTS = 3
 _WORST_TENSORS = 8
 _MOST_TENSORS = 80
-_WEAK_GAIN = 0.95
 _VERSION = re.compile(r"^(?:versions?[._](.+)|(.+)[._]version)$")
 
 
@@ -383,7 +382,7 @@ class MergeView:
 
     facts: tuple[Fact, ...]
     sentence: Line
-    weak: Line | None
+    kept: tuple[tuple[str, Kept], ...]
     least: tuple[TensorFidelity, ...]
 
 
@@ -405,8 +404,8 @@ def merge_view(merged: Merged) -> MergeView:
     tensors = [tensor for receipt in merged.receipts for tensor in receipt.tensors]
     return MergeView(
         facts=facts,
-        sentence=line("merge.sentence", dtype=plan.dtype, unchanged=merged.share_unchanged, gain=merged.gain),
-        weak=line("merge.weak") if merged.gain < _WEAK_GAIN else None,
+        sentence=line("merge.sentence", dtype=plan.dtype, unchanged=merged.kept.share_unchanged, gain=merged.kept.gain),
+        kept=(("merge.chosen", merged.kept), ("merge.nearest", merged.nearest)) if plan.rounding != "nearest" else (),
         least=tuple(sorted(tensors, key=lambda tensor: -tensor.relative_error)[:5]),
     )
 

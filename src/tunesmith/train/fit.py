@@ -238,6 +238,7 @@ def _with_adapter(model: Any, recipe: Recipe) -> Any:
         lora_dropout=recipe.lora_dropout,
         target_modules=recipe.target_modules or "all-linear",
         use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
     )
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     config = adapted.peft_config["default"]

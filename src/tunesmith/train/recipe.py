@@ -53,6 +53,7 @@ class Recipe(Part):
         lora_dropout: dropout probability on the adapter's input.
         lora_target: ``all`` linear layers but the output head, or module names with commas between.
         use_rslora: rank-stabilised scale (https://arxiv.org/abs/2312.03732).
+        use_dora: also train the magnitude of every row (https://arxiv.org/abs/2402.09353).
         per_device_train_batch_size: rows a forward pass.
         gradient_accumulation_steps: forward passes an optimizer step.
         learning_rate: the peak.
@@ -87,6 +88,7 @@ class Recipe(Part):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     lora_target: str = "all"
     use_rslora: bool = False
+    use_dora: bool = False
 
     per_device_train_batch_size: int = Field(default=4, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)

@@ -38,12 +38,16 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass
 class Tally:
-    """Sums over tiles of one tensor; the first six count elements."""
+    """Sums over tiles of one tensor; the first seven count elements.
+
+    ``either`` counts those among the twice-rounded that would be faithful, had none been rounded twice.
+    """
 
     elements: int = 0
     exact: int = 0
     faithful: int = 0
     twice_rounded: int = 0
+    either: int = 0
     outside: int = 0
     unchanged: int = 0
     delta_delta: float = 0.0
@@ -58,13 +62,15 @@ class Tally:
     def verdict(self, name: str, module: str | None) -> TensorVerdict:
         """The tensor's record."""
         moved = self.delta_delta > 0
+        # One way of rounding made the tensor.  Near a midpoint both explain a number; it is the commoner one's.
+        by_neighbour = self.either if self.faithful > self.twice_rounded else 0
         return TensorVerdict(
             name=name,
             module=module,
             elements=self.elements,
             exact=self.exact,
-            faithful=self.faithful,
-            twice_rounded=self.twice_rounded,
+            faithful=self.faithful + by_neighbour,
+            twice_rounded=self.twice_rounded - by_neighbour,
             outside=self.outside,
             unchanged=self.unchanged,
             gain=self.added_delta / self.delta_delta if moved else None,
@@ -141,6 +147,7 @@ def tally_rows(stored: Matrix, expected: Expected, start: int, stop: int) -> Tal
         if not tile.summed:
             # A value that is only stored anew has no second neighbour to choose.
             tally.outside, tally.faithful = tally.outside + tally.faithful, 0
+            tally.either = 0
     if not expected.begins_as_itself:
         before = expected.of_base(start, stop)
         tally.unchanged = 0 if before is None else int(np.count_nonzero(as_float64(values, dtype) == before))
@@ -243,11 +250,13 @@ def _classify_rest(
             twice |= (low < high) & (value + up + slack >= low) & (value - down - slack <= high)
         twice &= ~exact
         # Strictly between: who stands on a value of the grid has no second neighbour to choose.
-        faithful = ~exact & ~twice & (x > below + slack) & (x < above - slack)
+        between = ~exact & (x > below + slack) & (x < above - slack)
+        faithful = between & ~twice
     finite = np.isfinite(value)
     tally.exact += int(np.count_nonzero(exact & finite))
     tally.faithful += int(np.count_nonzero(faithful & finite))
     tally.twice_rounded += int(np.count_nonzero(twice & finite))
+    tally.either += int(np.count_nonzero(between & twice & finite))
     tally.outside += int(np.count_nonzero(~(exact | faithful | twice) | ~finite))
 
 
