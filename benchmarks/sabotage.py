@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import tunesmith as ts
-from tunesmith.adapter import LowRank, Stack
+from tunesmith.adapter import ADAPTER_WEIGHTS, LowRank, Stack
 from tunesmith.checkpoint import Checkpoint, locate_base
 
 LEVELS = ("structure", "assets", "weights")
@@ -73,6 +73,12 @@ class Bench:
         tensors = {name: weight.clone() for name, weight in load_file(out / file).items()}
         change(tensors)
         save_file(tensors, out / file, {"format": "pt"})
+
+    def other_checkpoint(self) -> str | None:
+        """The first adapter of the run that is not a copy of the last; None where there is none."""
+        held = {one.name: Path(one.path, ADAPTER_WEIGHTS).read_bytes() for one in self.run.checkpoints}
+        last = held[self.run.checkpoints[-1].name]
+        return next((name for name, weights in held.items() if weights != last), None)
 
     def beyond(self, name: str) -> int:
         """An element of the sound merge that its lowest bit, flipped, takes beyond the exact value's neighbours."""
@@ -138,10 +144,10 @@ def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
     )
     base = bench.base_dir
     shards = list(Checkpoint(base).shards)
-    other = bench.run.checkpoints[0].name
+    other = bench.other_checkpoint()
 
     def another_checkpoint(out: Path) -> None:
-        ts.merge(ts.plan_merge(bench.run, out, base=bench.base, checkpoint=other, force=True))
+        ts.merge(ts.plan_merge(bench.run, out, base=bench.base, checkpoint=str(other), force=True))
 
     def restore(tensors: dict[str, torch.Tensor]) -> None:
         tensors[touched] = load_file(base / bench.shard(touched))[touched]
@@ -155,7 +161,7 @@ def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
         ("scaling × 2 (merged twice)", lambda out: bench.scaled(out, 2.0)),
         ("scaling × 0.7", lambda out: bench.scaled(out, 0.7)),
         ("subtracted", lambda out: bench.scaled(out, -1.0)),
-        (f"another checkpoint ({other})", another_checkpoint),
+        *([(f"another checkpoint ({other})", another_checkpoint)] if other else []),
         ("tokenizer: two merges swapped", swap_two_merges),
         ("template: one full stop", change_template),
         ("lowest bit flipped, adapted tensor", flipped(touched, 0, bench.beyond(touched))),
@@ -167,7 +173,7 @@ def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run directory with at least two adapters")
+    parser.add_argument("run", help="a run directory, with checkpoints beside its adapter")
     parser.add_argument("--base", default="demo", help="the base model")
     arguments = parser.parse_args()
     logging.set_verbosity_error()

@@ -18,11 +18,11 @@ from tunesmith.cli.app import app
 
 NAMES = [
     "AdapterFacts", "Cancellation", "Cancelled", "ChatTurn", "Comparison", "Conversation", "DemoResult", "Finding",
-    "Generation", "GenerationSettings", "Health", "Inspection", "MergePlan", "Merged", "Message", "Progress", "Reply",
-    "Report", "Run", "TunesmithError", "VariantSet", "Verdict", "__version__", "compare", "compute_dtype", "demo",
-    "doctor", "finding_text", "generate", "inspect", "load_variants", "merge", "open_run", "output_file", "plan_merge",
-    "read_conversations", "report", "text", "to_markdown", "train", "verdict_sentence", "verify", "word_diff",
-    "write_comparison",
+    "Forecast", "Generation", "GenerationSettings", "Health", "Inspection", "MergePlan", "Merged", "Message",
+    "Progress", "Reply", "Report", "Run", "TunesmithError", "VariantSet", "Verdict", "__version__", "compare",
+    "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge", "open_run",
+    "output_file", "plan_merge", "read_conversations", "report", "text", "to_markdown", "train", "verdict_sentence",
+    "verify", "word_diff", "write_comparison",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]

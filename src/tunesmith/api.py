@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, LowRank, Stack, describe
+from tunesmith.allocator import give_memory_back
 from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, view_of, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
@@ -335,7 +336,7 @@ def merge(
         TunesmithError: as :func:`tunesmith.merge.merge`; and for calibrated rounding, the model cannot be loaded, or
             there is nothing to calibrate on.
     """
-    with recorded_inputs(plan, progress, cancellation) as inputs:
+    with recorded_inputs(plan, progress=progress, cancellation=cancellation) as inputs:
         return merge_weights(
             plan, executor=executor, inputs=inputs, sha256=sha256, progress=progress, cancellation=cancellation
         )
@@ -343,11 +344,20 @@ def merge(
 
 @contextmanager
 def recorded_inputs(
-    plan: MergePlan, progress: ProgressCallback, cancellation: Cancellation | None
+    plan: MergePlan, *, progress: ProgressCallback = no_progress, cancellation: Cancellation | None = None
 ) -> Iterator[Path | None]:
-    """What the modules with a low-rank update are given in the live model, in a folder that goes afterwards.
+    """What the modules with a low-rank update are given in the live, tuned model, in a folder that goes afterwards.
 
-    None where the plan's rounding does not ask for it.
+    Args:
+        plan: a plan of calibrated rounding; it says on which text.
+        progress: told of what is loaded, written and read.
+        cancellation: read between tokens and batches.
+
+    Yields:
+        The folder, beside the plan's target; None where the plan's rounding does not ask for it.
+
+    Raises:
+        TunesmithError: the model cannot be loaded, or there is nothing to calibrate on.
     """
     if plan.rounding not in CALIBRATED:
         yield None
@@ -377,7 +387,8 @@ def recorded_inputs(
     shutil.rmtree(folder, ignore_errors=True)  # a killed merge may have left it
     try:
         record_inputs(variants, FINAL, sequences, list(modules), folder, progress=progress, cancellation=cancellation)
-        del variants  # the rounding needs the memory
+        del variants
+        give_memory_back()  # the rounding needs it
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -79,7 +79,7 @@ class Cli:
         fresh: bool = False,
         **environment: str,
     ) -> Result:
-        """Run a command to its end, ``fresh`` in an interpreter that has imported nothing; each verb is so somewhere."""
+        """Run a command to its end; ``fresh`` in an interpreter that has imported nothing."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
         if not (fresh or preexec or environment):
             with tempfile.TemporaryDirectory(dir=self.home) as folder:

@@ -6,6 +6,8 @@ its own, as any process; what differs is that its modules are loaded already.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -17,7 +19,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What the commands import when they run; and nothing that computes, for a fork must not lose threads.
-LIBRARIES = ("peft", "safetensors.torch", "tokenizers", "torch", "transformers", "tunesmith.cli.app")
+LIBRARIES = (
+    "peft", "rich.progress", "safetensors.torch", "tokenizers", "transformers", "tunesmith.cli.app", "tunesmith.api",
+    "tunesmith.compare", "tunesmith.doctor", "tunesmith.merge", "tunesmith.models", "tunesmith.report",
+    "tunesmith.runs", "tunesmith.train", "tunesmith.verify",
+)  # fmt: skip
 
 
 class Ready:
@@ -63,8 +69,9 @@ class Ready:
 
     def close(self) -> None:
         """End the parent."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
         self._process.wait()
 
 
@@ -95,12 +102,14 @@ def _command(order: dict[str, Any]) -> NoReturn:
 
 def _serve() -> None:
     for name in LIBRARIES:
-        __import__(name)
+        importlib.import_module(name)
+    gc.freeze()  # or every child's collector would copy all that it looks at
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             _command(json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # noqa: T201 - the answer
+    os._exit(0)  # the libraries take their time to be taken down
 
 
 if __name__ == "__main__":

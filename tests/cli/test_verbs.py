@@ -57,13 +57,13 @@ def compared(cli: Cli, run_dir: Path, rows: Path, folder: Path) -> Result:
     variants = "base,final,checkpoint-10"
     out = folder / "comparison.json"
     options = ("--variants", variants, "--data", rows, "--out", out, "--json", *GREEDY)
-    return cli("compare", run_dir, *options, fresh=True)
+    return cli("compare", run_dir, *options)
 
 
 @pytest.fixture(scope="module")
 def verified(cli: Cli, run_dir: Path, merged: Path, folder: Path, rows: Path) -> Result:
     """A full verification."""
-    return cli("verify", run_dir, merged, "--prompts", rows, "--out", folder / "verdict.json", fresh=True)
+    return cli("verify", run_dir, merged, "--prompts", rows, "--out", folder / "verdict.json")
 
 
 def test_inspect_prints_facts_and_the_next_command(cli: Cli, run_dir: Path) -> None:
@@ -88,7 +88,7 @@ def test_inspect_json_reads_back_as_its_record(cli: Cli, run_dir: Path) -> None:
 
 def test_chat_answers_once_and_says_that_the_reply_was_cut(cli: Cli, run_dir: Path) -> None:
     """The reply alone is on stdout; why it ended and how to get the rest is on stderr."""
-    done = cli("chat", run_dir, "--prompt", "Hello", "--greedy", *GREEDY, fresh=True)
+    done = cli("chat", run_dir, "--prompt", "Hello", "--greedy", *GREEDY)
     assert done.code == 0, done.err
     assert done.out.endswith("\n")
     assert "cut at the limit; 8 tokens" in done.err

@@ -147,6 +147,17 @@ def test_feedback_starts_from_every_ordinary_number_of_the_format() -> None:
         assert np.array_equal(merged, plain)
 
 
+@pytest.mark.parametrize("half", [2.0**-8, -(2.0**-8)])
+def test_a_tie_goes_to_the_even_pattern_with_feedback_too(half: float) -> None:
+    """Half a step from every number of one size, in both signs, and nothing to make up for."""
+    size = np.arange(0x3F80, 0x4000, dtype=np.uint16)
+    stored, a, b = np.stack([size, size | 0x8000]), np.ones((1, len(size))), np.full((2, 1), half)
+    rounder = Feedback(LowRankHessian(np.zeros((len(size), 1))), basis_IM=row_space(a))
+    merged, plain = both_panels(stored, b, a, rounder)
+    assert np.array_equal(merged, plain)
+    assert not (merged & 1)[:, 1:].any()  # the first is a power of two, below which the steps are smaller
+
+
 def rare_panel(pattern: int, delta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, Feedback]:
     """Ordinary rows but for one number, with an update of one row and column."""
     stored, a, b = np.full((4, 40), 0x3F80, np.uint16), np.zeros((1, 40)), np.zeros((4, 1))

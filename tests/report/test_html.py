@@ -14,7 +14,7 @@ import pytest
 
 from tunesmith.conversations import Conversation, Message
 from tunesmith.record import Finding
-from tunesmith.report import render_report, write_report
+from tunesmith.report import render_report, text, write_report
 from tunesmith.report.escaping import visible
 from tunesmith.runs import RunFile
 from tunesmith.verify import Verdict
@@ -146,6 +146,19 @@ def test_a_missing_part_becomes_a_hint_with_its_command(parts: Parts, missing: s
     verb = {"adapter": "report", "comparison": "report", "merged": "report", "verdict": "verify"}[missing]
     assert f"tunesmith {verb} /data/models/security007" in document
     shape_of(document)
+
+
+def test_what_nearest_would_have_kept_is_shown_where_it_was_not_taken(parts: Parts) -> None:
+    """A row each for what was chosen and for the nearest; of a merge to nearest there is nothing to compare."""
+    merged = parts["merged"]
+    assert merged is not None
+    document = render_report(**parts)
+    for shown in ("99.7%", "94.3%", "52.4%", "56.1%", text("merge.kept"), text("merge.nearest")):
+        assert shown in document, shown
+    plan = merged.plan.model_copy(update={"rounding": "nearest", "warnings": ()})
+    nearest = merged.model_copy(update={"plan": plan, "kept": merged.nearest})
+    document = render_report(**{**parts, "merged": nearest})
+    assert text("merge.nearest") not in document
 
 
 def test_a_report_of_a_run_alone_renders(parts: Parts) -> None:

@@ -139,6 +139,8 @@ def _plan(screen: Screen, plan: ts.MergePlan) -> None:
 
 def _cost(screen: Screen, plan: ts.MergePlan) -> None:
     free = human_bytes(plan.free_bytes) if plan.free_bytes is not None else "unknown"
+    rounded = ", ".join(f"{name} for {count}" for name, count in sorted(plan.rounded.items()))
+    screen.say(f"rounding: {rounded or plan.rounding} of the changed tensors")
     screen.say(f"disk: {human_bytes(plan.write_bytes)} needed, {free} free")
     screen.say(f"memory: about {human_bytes(plan.memory_bytes)} for each unit of work")
     screen.say(f"time: about {plan.seconds:.0f} s on two cores, where the disk keeps up")

@@ -230,8 +230,10 @@ def _round_block(
             ordinary = (size == np.uint64(0)) | (
                 (size >= np.uint64(0x3810000000000000)) & (size < np.uint64(0x47EFE00000000000))
             )
-            ordinary &= clamp | (
-                (wish_size >= np.uint64(0x3810000000000000)) & (wish_size < np.uint64(0x47EFE00000000000))
+            ordinary &= (
+                clamp
+                | (wish_size == np.uint64(0))
+                | ((wish_size >= np.uint64(0x3810000000000000)) & (wish_size < np.uint64(0x47EFE00000000000)))
             )
             rare += int(not ordinary)
             inner_bits = np.uint64(bits & np.uint64(0xFFFFE00000000000))

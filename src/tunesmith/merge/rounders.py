@@ -5,8 +5,10 @@
 - ``stochastic``: every tensor in bf16 that something is added to.
 - ``faithful``: every tensor in bf16 with a low-rank update (DoRA's magnitude and other additions included): feedback
   within the row space of all its A's together with those of the modules that are given the same input,
-  H = I + c·U·Uᵀ with c = 10·I/M.
-- ``calibrated``: of these, the ones whose inputs X were recorded: H = XᵀX/n, damped.  The others are ``faithful``.
+  H = 1 + 10·(I/M)·U·Uᵀ, where 1 is the identity.
+- ``calibrated``: of these, the ones whose inputs X were recorded: H = XᵀX/N + m·(I/M)·U·Uᵀ + λ·I, m being the mean of
+  XᵀX/N's diagonal and λ = m/1000.  The row space weighs as much in all as the inputs, because a rounding that looks at
+  inputs alone still loses a part of a small update.  The others are ``faithful``.
 
 Legend: I input features, M columns of U, N tokens, R rank, T rows.
 """
@@ -63,11 +65,14 @@ def faithful(a_RI: Float64, beside_RI: Sequence[Float64] = ()) -> Feedback:
         a_RI: the A's of all its parts, one below the other.
         beside_RI: the A's of modules that are given the same input; their row spaces are kept too.
     """
-    basis_IM = row_space(a_RI)
-    space_IM = row_space(a_RI, *beside_RI) if beside_RI else basis_IM
-    columns, width = space_IM.shape
-    scale = (FEEDBACK_WEIGHT * columns / max(1, width)) ** 0.5
-    return Feedback(LowRankHessian(scale * space_IM), basis_IM=basis_IM)
+    space_IM = _even(row_space(a_RI, *beside_RI))
+    return Feedback(LowRankHessian(FEEDBACK_WEIGHT**0.5 * space_IM), basis_IM=row_space(a_RI))
+
+
+def _even(basis_IM: Float64) -> Float64:
+    """A basis scaled so that U·Uᵀ weighs a column 1 on the mean, as the identity does."""
+    columns, width = basis_IM.shape
+    return np.asarray((columns / max(1, width)) ** 0.5 * basis_IM)
 
 
 def stochastic(seed: int, name: str, a_RI: Float64 | None) -> Rounder:
@@ -75,25 +80,31 @@ def stochastic(seed: int, name: str, a_RI: Float64 | None) -> Rounder:
     return Stochastic(seed, name, basis_IM=None if a_RI is None else row_space(a_RI))
 
 
-def calibrated(inputs_NI: Float64, steps_I: Float64, a_RI: Float64, *, clamp: bool) -> Feedback:
+def calibrated(
+    inputs_NI: Float64, steps_I: Float64, a_RI: Float64, beside_RI: Sequence[Float64] = (), *, clamp: bool
+) -> Feedback:
     """Feedback weighted by the inputs that the module is given.
 
     Args:
         inputs_NI: the inputs of N tokens, float64.
         steps_I: mean over the rows of step², the distance of a stored number to the next, in every column.
         a_RI: the A's of the update.
+        beside_RI: as for :func:`faithful`.
         clamp: whether only the two numbers that bracket the exact one may be taken.
     """
     tokens, columns = inputs_NI.shape
     squares_I = np.einsum("ni,ni->i", inputs_NI, inputs_NI) / tokens
-    damping = max(DAMPING * float(squares_I.mean()), np.finfo(np.float64).tiny)
+    mean = max(float(squares_I.mean()), np.finfo(np.float64).tiny)
+    damping = DAMPING * mean
     # The columns whose errors cost most come first, so that all the others can make up for them.
     order = np.argsort(-(squares_I + damping) * steps_I, kind="stable")
+    space_IM = mean**0.5 * _even(row_space(a_RI, *beside_RI))
     hessian: Hessian
-    if tokens < columns:
-        hessian = LowRankHessian(inputs_NI.T / (tokens * damping) ** 0.5, order=order, revisited=columns)
+    if tokens + space_IM.shape[1] < columns:
+        u_IM = np.concatenate([inputs_NI.T / tokens**0.5, space_IM], axis=1) / damping**0.5
+        hessian = LowRankHessian(u_IM, order=order, revisited=columns)
     else:
-        h_II = inputs_NI.T @ inputs_NI / tokens
+        h_II = inputs_NI.T @ inputs_NI / tokens + space_IM @ space_IM.T
         h_II[np.diag_indices(columns)] += damping
         hessian = DenseHessian(h_II, order=order)
     return Feedback(hessian, basis_IM=row_space(a_RI), clamp=clamp)

@@ -197,13 +197,15 @@ def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start
         return stochastic(context.seed, task.info.name, a_RI)
     if rounding == "nearest" or a_RI is None:
         return None
+    stack, width = _stack(context), len(a_RI) + sum(update.r for update in task.beside)
+    beside_RI = [stack.factors(update)[0] for update in task.beside] if width <= WIDEST else []
     if rounding in CALIBRATED and context.inputs is not None:
         module = next(update.module for update in task.updates if isinstance(update, LowRank))
         inputs_NI = recorded_inputs(context.inputs, module)
         if inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]:
-            return calibrated(inputs_NI, _squared_steps(task, begun), a_RI, clamp=rounding == "calibrated")
-    stack, width = _stack(context), len(a_RI) + sum(update.r for update in task.beside)
-    return faithful(a_RI, [stack.factors(update)[0] for update in task.beside] if width <= WIDEST else [])
+            steps_I = _squared_steps(task, begun)
+            return calibrated(inputs_NI, steps_I, a_RI, beside_RI, clamp=rounding == "calibrated")
+    return faithful(a_RI, beside_RI)
 
 
 def _squared_steps(task: TensorTask, begun: _Start) -> Float64:

@@ -5,7 +5,8 @@ It is asked of the first tiles with something outside in a few of the bad tensor
 model.  The questions, in order: was nothing added, or nothing put in; was a head that is untied written as one with its
 embedding; is it another checkpoint's update; was a trained magnitude left out, or were trained rows; is it this update
 times a factor; are these the values, or the update, of another tensor; was the update transposed; did all go through
-fp16; and, where nothing explains it: is it one number, one tensor, the update, or the base?
+fp16; is it the update, or twice that, rounded more than once or beyond its neighbours; and, where nothing explains it:
+is it one number, one tensor, the update, or the base?
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _ASKED_TENSORS = 6
 _ASKED_NAMES = 256  # of a mixture of experts' thousands of one shape
 _EXPLAINS = 0.02  # a hypothesis is taken where it leaves at most this share of what was outside
 _SAME_FACTOR = 0.01  # a measured factor this close to a known mistake's is tried as that
+_LOOSE_GAIN, _LOOSE_STEPS, _LOOSE_SHARE = 0.15, 6, 0.999  # of a merge that was rounded in some other way
 _HALF_STEP = 2.0**-24  # the spacing of fp16 below its normal numbers
 
 # What the findings of the other levels mean as a cause; the weights' causes take more asking.
@@ -235,7 +237,7 @@ class _Inquiry:
         found = self._without(Magnitude, "cause_magnitude_ignored") or self._without(Rows, "cause_rows_missing")
         if found is None and self.of_updates and (factor := self._factor()) is not None:
             found = _scaled(factor, _first(self.of_updates[0].updates))
-        return found or self._misplaced() or self._through_half() or self._unexplained(tensors)
+        return found or self._misplaced() or self._through_half() or self._loose() or self._unexplained(tensors)
 
     def _without(self, kind: type[Update], code: str) -> Finding | None:
         """Whether leaving out one kind of update explains all the tensors that have it."""
@@ -288,6 +290,28 @@ class _Inquiry:
             if all(piece.explained_by(self._times(piece, factor)) for piece in self.of_updates):
                 return factor
         return None
+
+    def _loose(self) -> Finding | None:
+        """Whether the update is there, or there twice, but rounded more than once, or not to a neighbour."""
+        moved = [(tensor.gain, tensor.delta_norm**2) for tensor in self.bad if tensor.gain is not None]
+        weight = sum(size for _, size in moved)
+        outside = sum(tensor.outside for tensor in self.bad)
+        if not weight or outside <= FEW_ELEMENTS or any(tensor.module is None for tensor in self.bad):
+            return None
+        gain = sum(gain * size for gain, size in moved) / weight
+        for factor, code in ((1.0, "cause_beyond_neighbours"), (2.0, "cause_merged_twice")):
+            if abs(gain - factor) <= _LOOSE_GAIN * factor and all(self._within(p, factor) for p in self.of_updates):
+                return _cause(code, factor=factor, gain=gain, count=outside)
+        return None
+
+    def _within(self, piece: Evidence, factor: float) -> bool:
+        """Whether nearly all of a tile is within some steps of the update times a factor."""
+        values = piece.stored.read(*piece.rows)
+        value, below, above = with_neighbours(values, piece.stored.info.dtype)
+        tile = self._times(piece, factor).tile(*piece.rows)
+        with np.errstate(invalid="ignore", over="ignore"):
+            near = np.abs(value - tile.start - tile.delta) <= _LOOSE_STEPS * (above - below) / 2
+        return bool(np.mean(near) >= _LOOSE_SHARE)
 
     def _misplaced(self) -> Finding | None:
         """Whether a tensor holds what belongs to another of its shape, or its own update transposed."""

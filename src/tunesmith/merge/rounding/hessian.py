@@ -95,8 +95,8 @@ class LowRankHessian:
         self.columns, self.order = u_IM.shape[0], order
         self.revisited = _whole_blocks(self.columns, revisited)
         u_IM = np.ascontiguousarray(u_IM if order is None else u_IM[order])
-        self.first: Walk = _LowRankWalk(u_IM, _later_columns_free(u_IM))
-        self.again: Walk = _LowRankWalk(u_IM, u_IM / (1 + np.einsum("im,im->i", u_IM, u_IM))[:, None], again=True)
+        self.first: Walk = _FirstLowRankWalk(u_IM)
+        self.again: Walk = _SecondLowRankWalk(u_IM)
         self._width = u_IM.shape[1]
 
     def begin(self, rows: int) -> Float64:
@@ -108,24 +108,43 @@ class LowRankHessian:
         return state
 
 
-class _LowRankWalk:
+class _FirstLowRankWalk:
     """F_kj = u_k·v_j."""
 
-    def __init__(self, u_IM: Float64, v_IM: Float64, *, again: bool = False) -> None:
-        self._u_IM, self._v_IM, self._again = u_IM, v_IM, again
-        self._within: dict[int, Float64] = {}
-        for start, stop in blocks(len(u_IM)):
-            f_BB = u_IM[start:stop] @ v_IM[start:stop].T
-            self._within[start] = f_BB - np.diag(np.diagonal(f_BB)) if again else np.triu(f_BB, 1)
+    def __init__(self, u_IM: Float64) -> None:
+        self._u_IM, self._v_IM = u_IM, _later_columns_free(u_IM)
+        self._within = {
+            start: np.triu(u_IM[start:stop] @ self._v_IM[start:stop].T, 1) for start, stop in blocks(len(u_IM))
+        }
 
     def within(self, start: int, stop: int) -> Float64:  # noqa: ARG002 - blocks are known by where they start
         """As :meth:`Walk.within`."""
         return self._within[start]
 
+    def shift(self, state: Float64, start: int, stop: int, e_BT: Float64) -> Float64:  # noqa: ARG002 - still 0
+        """As :meth:`Walk.shift`."""
+        return np.asarray(self._v_IM[start:stop] @ state)
+
+    def take(self, state: Float64, start: int, stop: int, change_BT: Float64) -> None:
+        """As :meth:`Walk.take`."""
+        state += self._u_IM[start:stop].T @ change_BT
+
+
+class _SecondLowRankWalk:
+    """F_kj = u_k·u_j / (1 + u_j·u_j)."""
+
+    def __init__(self, u_IM: Float64) -> None:
+        self._u_IM, self._h_I1 = u_IM, 1 + np.einsum("im,im->i", u_IM, u_IM)[:, None]
+
+    def within(self, start: int, stop: int) -> Float64:
+        """As :meth:`Walk.within`."""
+        f_BB: Float64 = self._u_IM[start:stop] @ (self._u_IM[start:stop] / self._h_I1[start:stop]).T
+        return f_BB - np.diag(np.diagonal(f_BB))
+
     def shift(self, state: Float64, start: int, stop: int, e_BT: Float64) -> Float64:
         """As :meth:`Walk.shift`."""
-        outside = state - self._u_IM[start:stop].T @ e_BT if self._again else state
-        return np.asarray(self._v_IM[start:stop] @ outside)
+        outside = state - self._u_IM[start:stop].T @ e_BT
+        return np.asarray(self._u_IM[start:stop] @ outside / self._h_I1[start:stop])
 
     def take(self, state: Float64, start: int, stop: int, change_BT: Float64) -> None:
         """As :meth:`Walk.take`."""
