@@ -192,7 +192,7 @@ def random_subspaces() -> Iterator[None]:
 
     def wrong(a_RI: Float64, beside_RI: Sequence[Float64] = ()) -> Any:
         made = right(random.standard_normal(a_RI.shape), [random.standard_normal(a.shape) for a in beside_RI])
-        made.basis_IM = right(a_RI).basis_IM
+        made.basis_IM, made.inside_of_state = right(a_RI).basis_IM, None
         return made
 
     with patch.object(merge_work, "faithful", wrong):

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from tunesmith.checkpoint import Array, Float64
-from tunesmith.merge.rounding import BLOCK, Feedback, blocks
+from tunesmith.merge.rounding import Feedback, LowRankHessian, Rounder
 from tunesmith.merge.tiles import TileSums
 
 _SETTLE_BF16 = "b1(u2[::1], f8[::1], u2[::1], f8[::1])"
-_ROUND_BLOCK = (
-    "b1(u2[:, ::1], i8[::1], f8[:, ::1], f8[:, ::1], f8[:, ::1], b1, u2[:, ::1], f8[:, ::1], f8[:, ::1], f8[::1])"
-)
+_ROUND_PANEL = f"b1(u2[:, ::1], {'f8[:, ::1], ' * 8}u2[:, ::1], f8[::1])"
 
 _compiling = threading.Lock()
 
@@ -35,7 +33,7 @@ def available() -> bool:
 def prepare(feedback: bool) -> None:
     """Compile, or load, what a merge will need."""
     if feedback:
-        _compiled(_round_block, _ROUND_BLOCK)
+        _compiled(_round_panel, _ROUND_PANEL)
     else:
         _compiled(_settle_bf16, _SETTLE_BF16)
 
@@ -54,11 +52,14 @@ def _compiled(function: Callable[..., bool], signature: str) -> Any:
 def _compile(function: Callable[..., bool], signature: str) -> Any:
     try:
         import numba
+        from numba.extending import register_jitable
     except ImportError:  # it refuses a NumPy that is newer than itself
         return None
 
-    # Only the sums may be added up in any order: every other number comes from one operation on its own inputs.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
+    # The sums may be added up in any order.  A product and a sum may be one operation, so that an aim may differ by its
+    # last bit from the plain form's: a chance of 1e-15 a number that it is then rounded otherwise.
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    register_jitable(**options)(_add_products)
     try:
         return numba.njit(signature, cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written to
@@ -120,55 +121,41 @@ def _settle_bf16(stored: Array, delta: Float64, merged: Array, sums: Float64) ->
 
 
 def settle_panel(
-    stored_TI: Array, b_TR: Float64, a_RI: Float64, rounder: Feedback, merged_TI: Array
+    stored_TI: Array, b_TR: Float64, a_IR: Float64, rounder: Feedback, merged_TI: Array
 ) -> TileSums | None:
     """As :func:`tunesmith.merge.tiles.settle_tile` with feedback, for BF16 that stays BF16 and W' = W + B·A.
 
     Args:
         stored_TI: a panel of rows as stored, uint16 patterns, C-contiguous.
         b_TR: its rows of B, scaled.
-        a_RI: A.
-        rounder: how to round.
+        a_IR: A's transpose, C-contiguous.
+        rounder: how to round; one that :func:`can_settle` knows.
         merged_TI: the stored rows after it, written here.
 
     Returns:
         What rounding kept; None where something is rare or nothing is compiled, and ``merged_TI`` is not to be used.
     """
-    compiled, hessian = _compiled(_round_block, _ROUND_BLOCK), rounder.hessian
-    if compiled is None:
+    compiled, hessian, basis_IM = _compiled(_round_panel, _ROUND_PANEL), rounder.hessian, rounder.basis_IM
+    assert isinstance(hessian, LowRankHessian) and basis_IM is not None, "asked before"  # noqa: S101, PT018
+    rows, sums = len(stored_TI), np.empty(7)
+    state_MT, nearest_MT = hessian.begin(rows), np.zeros((basis_IM.shape[1], rows))
+    ordinary = compiled is not None and compiled(
+        stored_TI,
+        a_IR,
+        np.ascontiguousarray(b_TR.T),
+        hessian.u_IM,
+        hessian.v_IM,
+        hessian.within_IB,
+        basis_IM,
+        state_MT,
+        nearest_MT,
+        merged_TI,
+        sums,
+    )
+    if not ordinary:
         return None
-    rows, columns = stored_TI.shape
-    places_I = np.arange(columns) if hessian.order is None else np.ascontiguousarray(hessian.order)
-    a_IR, b_RT = np.ascontiguousarray(a_RI.T[places_I]), np.ascontiguousarray(b_TR.T)
-    basis_IM = np.empty((columns, 0)) if rounder.basis_IM is None else rounder.basis_IM[places_I]
-    inside_MT, nearest_inside_MT = np.zeros((2, basis_IM.shape[1], rows))
-    e_IT, nearest_BT, sums, passing = np.zeros((columns, rows)), np.empty((BLOCK, rows)), np.zeros(8), np.zeros(8)
-    state, again_from = hessian.begin(rows), columns - hessian.revisited
-    for walk, begin in ((hessian.first, 0), (hessian.again, again_from)):
-        if walk is hessian.again and hessian.revisited:
-            state = hessian.turn(state, e_IT)
-        for start, stop in blocks(columns, begin):
-            part = slice(start, stop)
-            final = walk is hessian.again or start < again_from
-            e_BT, before_BT = e_IT[part], e_IT[part].copy()
-            if not compiled(
-                stored_TI,
-                places_I[part],
-                a_IR[part] @ b_RT,
-                np.ascontiguousarray(walk.shift(state, start, stop, before_BT)),
-                walk.within(start, stop),
-                rounder.clamp,
-                merged_TI,
-                e_BT,
-                nearest_BT,
-                sums if final else passing,
-            ):
-                return None
-            walk.take(state, start, stop, e_BT - before_BT)
-            if final and basis_IM.shape[1]:
-                inside_MT += basis_IM[part].T @ e_BT
-                nearest_inside_MT += basis_IM[part].T @ nearest_BT[: stop - start]
-    unchanged, beyond, nearest_unchanged, *products = sums.tolist()
+    inside_MT = rounder.inside_of_state @ state_MT if rounder.inside_of_state is not None else state_MT
+    unchanged, nearest_unchanged, *products = sums.tolist()
     delta_delta, realised_delta, error_error, nearest_realised, nearest_error = products
     return TileSums(
         stored_TI.size,
@@ -177,102 +164,133 @@ def settle_panel(
         realised_delta,
         error_error,
         inside=float(np.square(inside_MT).sum()),
-        beyond=int(beyond),
         nearest_unchanged=int(nearest_unchanged),
         nearest_realised_delta=nearest_realised,
         nearest_error_error=nearest_error,
-        nearest_inside=float(np.square(nearest_inside_MT).sum()),
+        nearest_inside=float(np.square(nearest_MT).sum()),
     )
 
 
-def _round_block(
+def can_settle(rounder: Rounder | None) -> bool:
+    """Whether the compiled pass knows a way of rounding: to nearest, and :func:`tunesmith.merge.rounders.faithful`."""
+    if rounder is None:
+        return True
+    hessian = rounder.hessian if isinstance(rounder, Feedback) and rounder.clamp else None
+    alike = isinstance(hessian, LowRankHessian) and hessian.order is None and not hessian.revisited
+    return alike and isinstance(rounder, Feedback) and rounder.inside_of_state is not None
+
+
+def _add_products(total: Float64, factors: Float64, rows: Float64, count: int) -> None:
+    """Add Σ factors[i]·rows[i] to a total, over the first so many; eight at once, so that the total is seldom read."""
+    whole = count - count % 8
+    for i in range(0, whole, 8):
+        f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        f4, f5, f6, f7 = factors[i + 4], factors[i + 5], factors[i + 6], factors[i + 7]
+        for t in range(total.size):
+            total[t] += (
+                (f0 * rows[i, t] + f1 * rows[i + 1, t])
+                + (f2 * rows[i + 2, t] + f3 * rows[i + 3, t])
+                + (f4 * rows[i + 4, t] + f5 * rows[i + 5, t])
+                + (f6 * rows[i + 6, t] + f7 * rows[i + 7, t])
+            )
+    for i in range(whole, count):
+        factor = factors[i]
+        for t in range(total.size):
+            total[t] += factor * rows[i, t]
+
+
+def _round_panel(
     stored: Array,
-    places: Array,
-    delta: Float64,
-    shift: Float64,
+    a: Float64,
+    b: Float64,
+    u: Float64,
+    v: Float64,
     within: Float64,
-    clamp: bool,
+    basis: Float64,
+    state: Float64,
+    nearest_state: Float64,
     merged: Array,
-    errors: Float64,
-    nearest_errors: Float64,
     sums: Float64,
 ) -> bool:
-    """One block of columns, (columns, rows) but for ``stored`` and ``merged``; False where a number is rare."""
-    columns, rows = delta.shape
-    before = np.empty(rows, np.uint32)
-    after = np.empty((columns, rows), np.uint16)
-    aim = np.empty(rows)
-    rare = 0
-    unchanged = beyond = nearest_unchanged = 0
-    delta_delta = realised_delta = error_error = nearest_realised = nearest_error = 0.0
-    for j in range(columns):
-        place = places[j]
+    """Every column of a panel of rows, block by block; False where a number is rare."""
+    rows, columns = stored.shape
+    width = within.shape[1]
+    block = np.empty((rows, width), np.uint16)  # beside each other, or all would meet in a few lines of the cache
+    before, after = np.empty(rows, np.uint32), np.empty(rows, np.uint16)
+    delta, aim = np.empty(rows), np.empty(rows)
+    errors, nearest_errors = np.empty((width, rows)), np.empty((width, rows))
+    u_block, basis_block = np.empty((u.shape[1], width)), np.empty((basis.shape[1], width))
+    rare = unchanged = nearest_unchanged = 0
+    delta_delta = error_delta = error_error = nearest_delta = nearest_error = 0.0
+    for start in range(0, columns, width):
+        count = min(width, columns - start)
         for t in range(rows):
-            before[t] = stored[t, place]
+            for j in range(count):
+                block[t, j] = stored[t, start + j]
+        for j in range(count):
+            column = start + j
+            for t in range(rows):
+                before[t] = block[t, j]
+                delta[t] = 0.0
+                aim[t] = 0.0
+            _add_products(delta, a[column], b, a.shape[1])
+            _add_products(aim, v[column], state, v.shape[1])
+            _add_products(aim, within[column], errors, j)
+            errors_j, nearest_errors_j = errors[j], nearest_errors[j]
+            for t in range(rows):
+                d = delta[t]
+                w = np.float64(np.uint32(before[t] << np.uint32(16)).view(np.float32))
+                # W + 0 is W, but −0.0 + 0.0 is 0.0; and −0.0 is what changes nothing.
+                exact = np.float64(w + (d if d != 0.0 else -0.0))
+                bits = exact.view(np.uint64)
+                size = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
+                # Zero, or from bf16's least normal number to where the outer neighbour is infinity.
+                ordinary = (size == np.uint64(0)) | (
+                    (size >= np.uint64(0x3810000000000000)) & (size < np.uint64(0x47EFE00000000000))
+                )
+                rare += int(not ordinary)
+                inner_bits = np.uint64(bits & np.uint64(0xFFFFE00000000000))
+                on_grid = inner_bits == bits
+                outer_bits = np.uint64(inner_bits + (np.uint64(0) if on_grid else np.uint64(0x200000000000)))
+                odd = (bits >> np.uint64(45)) & np.uint64(1)
+                near_bits = np.uint64((bits + np.uint64(0xFFFFFFFFFFF) + odd) & np.uint64(0xFFFFE00000000000))
+                inner, outer = inner_bits.view(np.float64), outer_bits.view(np.float64)
+                past = exact - aim[t] - (inner + outer) * 0.5
+                past = past if exact >= 0.0 else -past
+                further = (past > 0.0) | ((past == 0.0) & (odd == np.uint64(1)))
+                taken = outer if further else inner
+                near = near_bits.view(np.float64)
+                error, near_error = taken - exact, near - exact
+                errors_j[t] = error
+                nearest_errors_j[t] = near_error
+                stored_now = np.uint32(np.float32(taken).view(np.uint32) >> np.uint32(16))
+                after[t] = np.uint16(stored_now)
+                unchanged += int(stored_now == before[t])
+                nearest_unchanged += int(near == w)
+                delta_delta += d * d
+                error_delta += error * d
+                error_error += error * error
+                nearest_delta += near_error * d
+                nearest_error += near_error * near_error
+            for t in range(rows):
+                block[t, j] = after[t]
         for t in range(rows):
-            aim[t] = shift[j, t]
-        for k in range(columns):
-            factor = within[k, j]
-            if factor != 0.0:
-                for t in range(rows):
-                    aim[t] += factor * errors[k, t]
-        for t in range(rows):
-            d = delta[j, t]
-            w = np.float64(np.uint32(before[t] << np.uint32(16)).view(np.float32))
-            # W + 0 is W, but −0.0 + 0.0 is 0.0; and −0.0 is what changes nothing.
-            exact = np.float64(w + (d if d != 0.0 else -0.0))
-            wish = np.float64(exact - aim[t])
-            bits = exact.view(np.uint64)
-            wish_bits = wish.view(np.uint64)
-            size = bits & np.uint64(0x7FFFFFFFFFFFFFFF)
-            wish_size = wish_bits & np.uint64(0x7FFFFFFFFFFFFFFF)
-            # Zero, or from bf16's least normal number to where rounding gives infinity or its outer neighbour is that.
-            ordinary = (size == np.uint64(0)) | (
-                (size >= np.uint64(0x3810000000000000)) & (size < np.uint64(0x47EFE00000000000))
-            )
-            ordinary &= (
-                clamp
-                | (wish_size == np.uint64(0))
-                | ((wish_size >= np.uint64(0x3810000000000000)) & (wish_size < np.uint64(0x47EFE00000000000)))
-            )
-            rare += int(not ordinary)
-            inner_bits = np.uint64(bits & np.uint64(0xFFFFE00000000000))
-            on_grid = inner_bits == bits
-            outer_bits = np.uint64(inner_bits + (np.uint64(0) if on_grid else np.uint64(0x200000000000)))
-            odd = (bits >> np.uint64(45)) & np.uint64(1)
-            near_bits = np.uint64((bits + np.uint64(0xFFFFFFFFFFF) + odd) & np.uint64(0xFFFFE00000000000))
-            inner, outer, near = inner_bits.view(np.float64), outer_bits.view(np.float64), near_bits.view(np.float64)
-            past = wish - (inner + outer) * 0.5
-            past = past if exact >= 0.0 else -past
-            further = (past > 0.0) | ((past == 0.0) & (odd == np.uint64(1)))
-            taken_bits = np.uint64(outer_bits if further else inner_bits)
-            wish_odd = (wish_bits >> np.uint64(45)) & np.uint64(1)
-            free_bits = np.uint64((wish_bits + np.uint64(0xFFFFFFFFFFF) + wish_odd) & np.uint64(0xFFFFE00000000000))
-            taken_bits = np.uint64(taken_bits if clamp else free_bits)
-            taken = taken_bits.view(np.float64)
-            error, near_error = taken - exact, near - exact
-            errors[j, t] = error
-            nearest_errors[j, t] = near_error
-            stored_now = np.uint32(np.float32(taken).view(np.uint32) >> np.uint32(16))
-            after[j, t] = np.uint16(stored_now)
-            unchanged += int(stored_now == before[t])
-            nearest_unchanged += int(near == w)
-            beyond += int((taken_bits != inner_bits) & (taken_bits != outer_bits))
-            realised, near_realised = taken - w, near - w
-            delta_delta += d * d
-            realised_delta += realised * d
-            error_error += (realised - d) * (realised - d)
-            nearest_realised += near_realised * d
-            nearest_error += (near_realised - d) * (near_realised - d)
-    for t in range(rows):
-        for j in range(columns):
-            merged[t, places[j]] = after[j, t]
-    sums[0] += unchanged
-    sums[1] += beyond
-    sums[2] += nearest_unchanged
-    sums[3] += delta_delta
-    sums[4] += realised_delta
-    sums[5] += error_error
-    sums[6] += nearest_realised
-    sums[7] += nearest_error
+            for j in range(count):
+                merged[t, start + j] = block[t, j]
+        for j in range(count):
+            for m in range(u.shape[1]):
+                u_block[m, j] = u[start + j, m]
+            for m in range(basis.shape[1]):
+                basis_block[m, j] = basis[start + j, m]
+        for m in range(u.shape[1]):
+            _add_products(state[m], u_block[m], errors, count)
+        for m in range(basis.shape[1]):
+            _add_products(nearest_state[m], basis_block[m], nearest_errors, count)
+    sums[0] = unchanged
+    sums[1] = nearest_unchanged
+    sums[2] = delta_delta
+    sums[3] = delta_delta + error_delta  # Σ realised·Δ
+    sums[4] = error_error
+    sums[5] = delta_delta + nearest_delta
+    sums[6] = nearest_error
     return rare == 0

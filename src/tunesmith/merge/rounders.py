@@ -4,7 +4,7 @@
   only copied, replaced, put in or stored anew is one rounding away from its exact value, and no update is lost in it.
 - ``stochastic``: every tensor in bf16 that something is added to.
 - ``faithful``: every tensor in bf16 with a low-rank update (DoRA's magnitude and other additions included): feedback
-  within the row space of all its A's together with those of the modules that are given the same input,
+  within the row space of all its A's, with those of the modules that are given the same input while U stays narrow,
   H = 1 + 10·(I/M)·U·Uᵀ, where 1 is the identity.
 - ``calibrated``: of these, the ones whose inputs X were recorded: H = XᵀX/N + m·(I/M)·U·Uᵀ + λ·I, m being the mean of
   XᵀX/N's diagonal and λ = m/1000.  The row space weighs as much in all as the inputs, because a rounding that looks at
@@ -38,7 +38,7 @@ from tunesmith.merge.rounding import (
 ROUNDINGS = ("nearest", "stochastic", "faithful", "calibrated", "calibrated-free")
 CALIBRATED = ("calibrated", "calibrated-free")
 FEEDBACK_WEIGHT = 10.0
-WIDEST = 192  # columns of U; beyond, the modules that are given the same input are left out
+WIDEST = 24  # columns of U in faithful rounding, whose price they are; beyond, a module's own A must do
 REVISITED = 256
 DAMPING = 1e-3
 INPUTS_INDEX = "inputs.json"
@@ -65,8 +65,12 @@ def faithful(a_RI: Float64, beside_RI: Sequence[Float64] = ()) -> Feedback:
         a_RI: the A's of all its parts, one below the other.
         beside_RI: the A's of modules that are given the same input; their row spaces are kept too.
     """
-    space_IM = _even(row_space(a_RI, *beside_RI))
-    return Feedback(LowRankHessian(FEEDBACK_WEIGHT**0.5 * space_IM), basis_IM=row_space(a_RI))
+    basis_IM = row_space(a_RI)
+    space_IM = row_space(a_RI, *beside_RI) if beside_RI else basis_IM
+    u_IM = FEEDBACK_WEIGHT**0.5 * _even(space_IM)
+    # Σ e_k·u_k tells of the error in all of U's span, which the basis lies in.
+    inside_of_state = basis_IM.T @ u_IM / np.einsum("im,im->m", u_IM, u_IM)
+    return Feedback(LowRankHessian(u_IM), basis_IM=basis_IM, inside_of_state=inside_of_state)
 
 
 def _even(basis_IM: Float64) -> Float64:

@@ -17,7 +17,7 @@ from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows,
 from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, copy_range, stored_array, write_at
 from tunesmith.errors import CheckpointError
-from tunesmith.merge.kernel import settle_bf16, settle_panel
+from tunesmith.merge.kernel import can_settle, settle_bf16, settle_panel
 from tunesmith.merge.rounders import CALIBRATED, WIDEST, calibrated, faithful, recorded_inputs, rounding_of, stochastic
 from tunesmith.merge.rounding import Feedback, Rounder
 from tunesmith.merge.tiles import TileSums, settle_tile
@@ -197,15 +197,14 @@ def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start
         return stochastic(context.seed, task.info.name, a_RI)
     if rounding == "nearest" or a_RI is None:
         return None
-    stack, width = _stack(context), len(a_RI) + sum(update.r for update in task.beside)
-    beside_RI = [stack.factors(update)[0] for update in task.beside] if width <= WIDEST else []
+    beside_RI = [_stack(context).factors(update)[0] for update in task.beside]
     if rounding in CALIBRATED and context.inputs is not None:
         module = next(update.module for update in task.updates if isinstance(update, LowRank))
         inputs_NI = recorded_inputs(context.inputs, module)
         if inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]:
             steps_I = _squared_steps(task, begun)
             return calibrated(inputs_NI, steps_I, a_RI, beside_RI, clamp=rounding == "calibrated")
-    return faithful(a_RI, beside_RI)
+    return faithful(a_RI, beside_RI if len(a_RI) + sum(map(len, beside_RI)) <= WIDEST else ())
 
 
 def _squared_steps(task: TensorTask, begun: _Start) -> Float64:
@@ -245,11 +244,12 @@ class _Fast:
     """
 
     ELEMENTS = 1 << 19
-    PANEL_ROWS = 256  # with feedback: rows side by side, which a block of columns of fits the second cache
+    PANEL_ROWS = 128  # with feedback: rows side by side, which a block of columns of fits the second cache
 
     def __init__(self, task: TensorTask, rounder: Feedback | None) -> None:
         columns = max(1, task.matrix[1])
         self._rounder = rounder
+        self._a_IR: Float64 | None = None
         self.height = max(1, self.ELEMENTS // columns) if rounder is None else self.PANEL_ROWS
         self._tile_rows = max(1, TILE_ELEMENTS // columns)
         self._delta_TI = np.empty((min(self._tile_rows, self.height), columns)) if rounder is None else None
@@ -259,8 +259,8 @@ class _Fast:
     @classmethod
     def of(cls, task: TensorTask, context: Context, rounder: Rounder | None) -> _Fast | None:
         """The compiled arithmetic for a tensor; None where it has to be done the plain way."""
-        if isinstance(rounder, Feedback | None) and context.compiled and _is_plain(task):
-            return cls(task, rounder)
+        if context.compiled and can_settle(rounder) and _is_plain(task):
+            return cls(task, rounder if isinstance(rounder, Feedback) else None)
         return None
 
     def merge(self, begun: _Start, segment: Segment, *, rows: tuple[int, int]) -> tuple[Array, TileSums] | None:
@@ -274,7 +274,9 @@ class _Fast:
             total = self._nearest(b_TR, segment.a_RI)
         else:
             stored_TI, merged_TI = self._stored_TI[:height], self._merged_TI[:height]
-            total = settle_panel(stored_TI, b_TR, segment.a_RI, self._rounder, merged_TI)
+            if self._a_IR is None:
+                self._a_IR = np.ascontiguousarray(segment.a_RI.T)
+            total = settle_panel(stored_TI, b_TR, self._a_IR, self._rounder, merged_TI)
         return None if total is None else (self._merged_TI[:height], total)
 
     def _nearest(self, b_TR: Float64, a_RI: Float64) -> TileSums | None:

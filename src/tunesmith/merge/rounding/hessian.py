@@ -89,13 +89,23 @@ class LowRankHessian:
         u_IM: U, float64; its rows in the order of the matrix's columns.
         order: the order in which columns are rounded; None for as they lie.
         revisited: how many of the last are visited again; whole blocks of them are.
+
+    Attributes:
+        u_IM: U, its rows in the order in which columns are rounded.
+        v_IM: the v of the first walk.
+        within_IB: N_kj of the first walk for the columns k before j in its block, by j and by k's place in the block.
     """
 
     def __init__(self, u_IM: Float64, *, order: Indices | None = None, revisited: int = 0) -> None:
         self.columns, self.order = u_IM.shape[0], order
         self.revisited = _whole_blocks(self.columns, revisited)
         u_IM = np.ascontiguousarray(u_IM if order is None else u_IM[order])
-        self.first: Walk = _FirstLowRankWalk(u_IM)
+        self.u_IM, self.v_IM = u_IM, _later_columns_free(u_IM)
+        self.within_IB = np.zeros((self.columns, BLOCK))
+        for start, stop in blocks(self.columns):
+            part = slice(start, stop)
+            self.within_IB[part, : stop - start] = np.tril(self.v_IM[part] @ u_IM[part].T, -1)
+        self.first: Walk = _FirstLowRankWalk(u_IM, self.v_IM, self.within_IB)
         self.again: Walk = _SecondLowRankWalk(u_IM)
         self._width = u_IM.shape[1]
 
@@ -111,15 +121,12 @@ class LowRankHessian:
 class _FirstLowRankWalk:
     """F_kj = u_k·v_j."""
 
-    def __init__(self, u_IM: Float64) -> None:
-        self._u_IM, self._v_IM = u_IM, _later_columns_free(u_IM)
-        self._within = {
-            start: np.triu(u_IM[start:stop] @ self._v_IM[start:stop].T, 1) for start, stop in blocks(len(u_IM))
-        }
+    def __init__(self, u_IM: Float64, v_IM: Float64, within_IB: Float64) -> None:
+        self._u_IM, self._v_IM, self._within_IB = u_IM, v_IM, within_IB
 
-    def within(self, start: int, stop: int) -> Float64:  # noqa: ARG002 - blocks are known by where they start
+    def within(self, start: int, stop: int) -> Float64:
         """As :meth:`Walk.within`."""
-        return self._within[start]
+        return np.asarray(self._within_IB[start:stop, : stop - start].T)
 
     def shift(self, state: Float64, start: int, stop: int, e_BT: Float64) -> Float64:  # noqa: ARG002 - still 0
         """As :meth:`Walk.shift`."""

@@ -46,12 +46,20 @@ class Feedback:
         basis_IM: see :class:`Rounder`.
         clamp: whether only the two numbers that bracket the exact one may be taken.
         grid: the numbers that can be stored.
+        inside_of_state: what turns the state at the end of a row into its error within the basis, where that is all
+            in the state; None where it is not.
     """
 
     def __init__(
-        self, hessian: Hessian, *, basis_IM: Float64 | None, clamp: bool = True, grid: Grid | None = None
+        self,
+        hessian: Hessian,
+        *,
+        basis_IM: Float64 | None,
+        clamp: bool = True,
+        grid: Grid | None = None,
+        inside_of_state: Float64 | None = None,
     ) -> None:
-        self.hessian, self.basis_IM, self.clamp = hessian, basis_IM, clamp
+        self.hessian, self.basis_IM, self.clamp, self.inside_of_state = hessian, basis_IM, clamp, inside_of_state
         self.grid = grid or Bfloat16Grid()
 
     def round(self, exact_TI: Float64, first_row: int) -> Float64:  # noqa: ARG002 - rows do not know their places
