@@ -30,7 +30,7 @@ def fidelity_of(name: str, sums: TileSums, rounding: str) -> TensorFidelity:
         sums: over all its tiles.
         rounding: how it was rounded.
     """
-    kept, nearest = kept_of(sums, rounding)
+    kept, nearest = kept_of(sums)
     return TensorFidelity(
         name=name,
         elements=sums.elements,
@@ -42,13 +42,8 @@ def fidelity_of(name: str, sums: TileSums, rounding: str) -> TensorFidelity:
     )
 
 
-def kept_of(sums: TileSums, rounding: str) -> tuple[Kept, Kept]:
-    """What rounding kept, and what rounding to nearest would have kept.
-
-    Args:
-        sums: over all tiles.
-        rounding: how they were rounded; to nearest the error within the row space is not summed up.
-    """
+def kept_of(sums: TileSums) -> tuple[Kept, Kept]:
+    """What rounding kept, and what rounding to nearest would have kept."""
     nearest = replace(
         sums,
         unchanged=sums.nearest_unchanged,
@@ -56,17 +51,16 @@ def kept_of(sums: TileSums, rounding: str) -> tuple[Kept, Kept]:
         error_error=sums.nearest_error_error,
         inside=sums.nearest_inside,
     )
-    told = rounding != "nearest"
-    return _kept(sums, told=told), _kept(nearest, told=told)
+    return _kept(sums), _kept(nearest)
 
 
-def _kept(sums: TileSums, *, told: bool) -> Kept:
+def _kept(sums: TileSums) -> Kept:
     delta = sums.delta_delta
     return Kept(
         share_unchanged=sums.unchanged / max(1, sums.elements),
         relative_error=(sums.error_error / delta) ** 0.5 if delta else 0.0,
         gain=sums.realised_delta / delta if delta else 1.0,
-        error_inside=(sums.inside / delta) ** 0.5 if told and delta else None,
+        error_inside=(sums.inside / sums.inside_of) ** 0.5 if sums.inside_of else None,
     )
 
 
@@ -114,7 +108,7 @@ def forecast(base: Checkpoint, stack: Stack, binding: Binding) -> Forecast | Non
     if not seen:
         return None
     rounding = "faithful" if dtype == "BF16" else "nearest"
-    kept, nearest = kept_of(total, rounding)
+    kept, nearest = kept_of(total)
     return Forecast(dtype=dtype, rounding=rounding, tensors=seen, elements=total.elements, kept=kept, nearest=nearest)
 
 

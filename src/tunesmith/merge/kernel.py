@@ -164,6 +164,7 @@ def settle_panel(
         realised_delta,
         error_error,
         inside=float(np.square(inside_MT).sum()),
+        inside_of=delta_delta,
         nearest_unchanged=int(nearest_unchanged),
         nearest_realised_delta=nearest_realised,
         nearest_error_error=nearest_error,

@@ -28,7 +28,8 @@ class TileSums:
         realised_delta: Σ realised·Δ.
         error_error: Σ E².
         overflowed: results that are infinite or NaN.
-        inside: ‖E·basis‖², the error within the update's row space; 0 where that was not asked for.
+        inside: ‖E·basis‖², the error within the update's row space.
+        inside_of: Σ Δ² of the tiles for which that was asked.
         beyond: results that are neither of the two numbers that bracket the exact one.
         nearest_unchanged: ``unchanged``, had every number been rounded to nearest.
         nearest_realised_delta: ``realised_delta``, likewise.
@@ -43,6 +44,7 @@ class TileSums:
     error_error: float = 0.0
     overflowed: int = 0
     inside: float = 0.0
+    inside_of: float = 0.0
     beyond: int = 0
     nearest_unchanged: int = 0
     nearest_realised_delta: float = 0.0
@@ -123,25 +125,24 @@ def settle_tile(
     if kept_TI is not None and result_TI is None:
         merged_TI = np.where((delta_TI == 0) & (rounded_TI == w_TI), kept_TI, merged_TI)
     chosen_TI = as_float64(merged_TI, dtype) - w_TI - delta_TI
+    basis_IM = rounder.basis_IM
     inside, nearest_inside = (
-        (0.0, 0.0)
-        if rounder.basis_IM is None
-        else (float(np.square(part_TI @ rounder.basis_IM).sum()) for part_TI in (chosen_TI, error_TI))
+        0.0 if basis_IM is None else float(np.square(part_TI @ basis_IM).sum()) for part_TI in (chosen_TI, error_TI)
     )
     below_TI, above_TI, _ = rounder.grid.bracket(exact_TI)
     return merged_TI, TileSums(
-        nearest.elements,
-        int(np.count_nonzero(merged_TI == begun_TI)),
-        nearest.delta_delta,
-        _dot(chosen_TI + delta_TI, delta_TI),
-        _dot(chosen_TI, chosen_TI),
-        0,
-        inside,
-        int(np.count_nonzero((rounded_TI != below_TI) & (rounded_TI != above_TI))),
-        nearest.unchanged,
-        nearest.realised_delta,
-        nearest.error_error,
-        nearest_inside,
+        elements=nearest.elements,
+        unchanged=int(np.count_nonzero(merged_TI == begun_TI)),
+        delta_delta=nearest.delta_delta,
+        realised_delta=_dot(chosen_TI + delta_TI, delta_TI),
+        error_error=_dot(chosen_TI, chosen_TI),
+        inside=inside,
+        inside_of=0.0 if basis_IM is None else nearest.delta_delta,
+        beyond=int(np.count_nonzero((rounded_TI != below_TI) & (rounded_TI != above_TI))),
+        nearest_unchanged=nearest.unchanged,
+        nearest_realised_delta=nearest.realised_delta,
+        nearest_error_error=nearest.error_error,
+        nearest_inside=nearest_inside,
     )
 
 

@@ -109,7 +109,7 @@ def merge(
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
     receipts = tuple(_receipt(*one, rounding) for one in zip(files, ledgers, hashes, strict=True))
     total = sum((sums for ledger in ledgers for sums in ledger.sums.values()), TileSums())
-    kept, nearest = kept_of(total, plan.rounding)
+    kept, nearest = kept_of(total)
     return Merged(
         plan=plan,
         receipts=receipts,
