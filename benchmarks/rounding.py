@@ -59,6 +59,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 SETS = ("in-domain", "general")
 SAMPLES = 2000
+BATCH = 8
 
 Rows = list[tuple[list[int], list[int]]]
 
@@ -124,11 +125,16 @@ class Lab:
 
 @torch.no_grad()
 def _log_probabilities(model: Any, rows: Rows) -> list[torch.Tensor]:
+    """Log-probabilities (answer tokens, vocabulary) of every row; batches are padded on the right, where none looks."""
     found = []
-    for prompt, answer in rows:
-        ids = torch.tensor([prompt + answer])
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        found.append(logits.log_softmax(-1))
+    for first in range(0, len(rows), BATCH):
+        batch = rows[first : first + BATCH]
+        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids = [prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt, answer in batch]
+        logits = model(input_ids=torch.tensor(ids), use_cache=False).logits
+        for place, (prompt, answer) in enumerate(batch):
+            end = len(prompt) + len(answer) - 1
+            found.append(logits[place, len(prompt) - 1 : end].log_softmax(-1))
     return found
 
 

@@ -77,6 +77,8 @@ class Shape:
 SIZES = {
     "0.5b": Shape(896, 4864, 24, 14, 2, 151936, tied=True, shards=1),  # Qwen2.5-0.5B
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151936, tied=True, shards=1),  # Qwen2.5-1.5B
+    "1.5b-1": Shape(1536, 8960, 1, 12, 2, 151936, tied=True, shards=1),  # one layer of it
+    "1.5b-3": Shape(1536, 8960, 3, 12, 2, 151936, tied=True, shards=1),
     "7b": Shape(3584, 18944, 28, 28, 4, 152064, tied=False, shards=4),  # Qwen2.5-7B
 }
 
