@@ -288,3 +288,13 @@ def test_the_forecast_is_near_what_the_merge_then_tells(weak: Path, bench: Bench
     exact = forecast(fine, stack, stack.bind(fine))
     assert exact is not None
     assert (exact.rounding, exact.kept.gain) == ("nearest", pytest.approx(1, abs=1e-3))
+
+
+def test_a_merge_that_left_its_neighbours_is_called_that(weak: Path, bench: Bench, tmp_path: Path) -> None:
+    """It is not proven number by number; the cause says why, and what to do."""
+    base = str(bench.bases["BF16", "single"])
+    out = merged(weak, bench, tmp_path / "out", rounding="calibrated-free").path
+    verdict = ts.verify(weak, out, base=base, levels=("structure", "weights"))
+    assert verdict.answer == "different"
+    assert [cause.code for cause in verdict.causes] == ["cause_beyond_neighbours"]
+    assert verdict.causes[0].params["gain"] == pytest.approx(1, abs=0.1)

@@ -23,7 +23,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.record import Finding, Value
 from tunesmith.verify.expected import Expectation, Expected, Matrix
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import with_neighbours
+from tunesmith.verify.rounding import UNIT_ROUNDOFF, with_neighbours
 from tunesmith.verify.structure import embeddings_of, is_copy, is_head, unties
 from tunesmith.verify.weights import FEW_ELEMENTS, Tally, classify, matrix_of, strays, tally_rows
 
@@ -310,7 +310,9 @@ class _Inquiry:
         value, below, above = with_neighbours(values, piece.stored.info.dtype)
         tile = self._times(piece, factor).tile(*piece.rows)
         with np.errstate(invalid="ignore", over="ignore"):
-            near = np.abs(value - tile.start - tile.delta) <= _LOOSE_STEPS * (above - below) / 2
+            usual = 2 * UNIT_ROUNDOFF[piece.stored.info.dtype] * np.sqrt(np.mean(np.square(value)))
+            step = np.maximum((above - below) / 2, usual)
+            near = np.abs(value - tile.start - tile.delta) <= _LOOSE_STEPS * step
         return bool(np.mean(near) >= _LOOSE_SHARE)
 
     def _misplaced(self) -> Finding | None:
