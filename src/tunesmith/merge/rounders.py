@@ -6,9 +6,9 @@
 - ``faithful``: every tensor in bf16 with a low-rank update (DoRA's magnitude and other additions included): feedback
   within the row space of all its A's, with those of the modules that are given the same input while U stays narrow,
   H = 1 + 10·(I/M)·U·Uᵀ, where 1 is the identity.
-- ``calibrated``: of these, the ones whose inputs X were recorded: H = XᵀX/N + m·(I/M)·U·Uᵀ + λ·I, m being the mean of
-  XᵀX/N's diagonal and λ = m/1000.  The row space weighs as much in all as the inputs, because a rounding that looks at
-  inputs alone still loses a part of a small update.  The others are ``faithful``.
+- ``calibrated``: of these, the ones whose inputs X were recorded: H = XᵀX/N + m·(I/M)·U·Uᵀ + (m/1000)·1, m being the
+  mean of XᵀX/N's diagonal.  The row space weighs as much in all as the inputs, because a rounding that looks at inputs
+  alone still loses a part of a small update.  The others are ``faithful``.
 
 Legend: I input features, M columns of U, N tokens, R rank, T rows.
 """
@@ -39,7 +39,6 @@ ROUNDINGS = ("nearest", "stochastic", "faithful", "calibrated", "calibrated-free
 CALIBRATED = ("calibrated", "calibrated-free")
 FEEDBACK_WEIGHT = 10.0
 WIDEST = 24  # columns of U in faithful rounding, whose price they are; beyond, a module's own A must do
-REVISITED = 256
 DAMPING = 1e-3
 INPUTS_INDEX = "inputs.json"
 

@@ -197,14 +197,17 @@ def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start
         return stochastic(context.seed, task.info.name, a_RI)
     if rounding == "nearest" or a_RI is None:
         return None
-    beside_RI = [_stack(context).factors(update)[0] for update in task.beside]
+    inputs_NI = None
     if rounding in CALIBRATED and context.inputs is not None:
         module = next(update.module for update in task.updates if isinstance(update, LowRank))
         inputs_NI = recorded_inputs(context.inputs, module)
-        if inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]:
-            steps_I = _squared_steps(task, begun)
-            return calibrated(inputs_NI, steps_I, a_RI, beside_RI, clamp=rounding == "calibrated")
-    return faithful(a_RI, beside_RI if len(a_RI) + sum(map(len, beside_RI)) <= WIDEST else ())
+    calibrates = inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]
+    narrow = len(a_RI) + sum(update.r for update in task.beside) <= WIDEST
+    beside = task.beside if calibrates or narrow else ()
+    beside_RI = [_stack(context).factors(update)[0] for update in beside]
+    if calibrates and inputs_NI is not None:
+        return calibrated(inputs_NI, _squared_steps(task, begun), a_RI, beside_RI, clamp=rounding == "calibrated")
+    return faithful(a_RI, beside_RI)
 
 
 def _squared_steps(task: TensorTask, begun: _Start) -> Float64:
@@ -244,7 +247,7 @@ class _Fast:
     """
 
     ELEMENTS = 1 << 19
-    PANEL_ROWS = 128  # with feedback: rows side by side, which a block of columns of fits the second cache
+    PANEL_ROWS = 128  # with feedback; what a block of their columns takes fits the second cache
 
     def __init__(self, task: TensorTask, rounder: Feedback | None) -> None:
         columns = max(1, task.matrix[1])
