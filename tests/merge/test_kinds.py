@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -22,6 +23,14 @@ from tunesmith.merge.tiles import TileSums
 
 DTYPES = ["BF16", "F16", "F32"]
 ROUNDINGS = ["nearest", "stochastic", "faithful"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _feedback_however_large_the_update() -> Iterator[None]:
+    """These updates are large against the grid; a merge would round them to nearest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "ENOUGH", math.inf)
+        yield
 
 
 def low(name: str, a: str = "a", b: str = "b", **more: object) -> LowRank:
@@ -342,7 +351,13 @@ def test_bytes_do_not_depend_on_how_the_work_is_cut(
 def pools() -> dict[str, Executor]:
     """Executors of several kinds."""
     spawn = multiprocessing.get_context("spawn")
-    return {"threads": ThreadPoolExecutor(3), "processes": ProcessPoolExecutor(2, mp_context=spawn)}
+    processes = ProcessPoolExecutor(2, mp_context=spawn, initializer=feed_back)
+    return {"threads": ThreadPoolExecutor(3), "processes": processes}
+
+
+def feed_back() -> None:
+    """In a process that does not inherit the fixture's setting."""
+    work.ENOUGH = math.inf
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])

@@ -298,3 +298,20 @@ def test_a_merge_that_left_its_neighbours_is_called_that(weak: Path, bench: Benc
     assert verdict.answer == "different"
     assert [cause.code for cause in verdict.causes] == ["cause_beyond_neighbours"]
     assert verdict.causes[0].params["gain"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_tensor_that_nearest_keeps_whole_is_rounded_to_nearest(bench: Bench, weak: Path, tmp_path: Path) -> None:
+    """A large update has nothing to win; the bytes are those of nearest, and the record says so."""
+    run = tmp_path / "strong" / "run"
+    shutil.copytree(weak, run)
+    weights = load_file(run / "adapter_model.safetensors")
+    strong = {k: v * (250 if "lora_B" in k and "q_proj" in k else 1) for k, v in weights.items()}
+    save_file(strong, run / "adapter_model.safetensors")
+    faithful = merged(run, bench, tmp_path / "faithful")
+    nearest = merged(run, bench, tmp_path / "nearest", rounding="nearest")
+    ours, theirs = (load_file(one.path / "model.safetensors") for one in (faithful, nearest))
+    found = {tensor.name: tensor.rounding for tensor in faithful.receipts[0].tensors}
+    assert {name for name, rounding in found.items() if rounding == "nearest"} == {n for n in found if "q_proj" in n}
+    for name, rounding in found.items():
+        same = torch.equal(ours[name].view(torch.int16), theirs[name].view(torch.int16))
+        assert same == (rounding == "nearest"), name

@@ -18,12 +18,22 @@ from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, copy_range, stored_array, write_at
 from tunesmith.errors import CheckpointError
 from tunesmith.merge.kernel import can_settle, settle_bf16, settle_panel
-from tunesmith.merge.rounders import CALIBRATED, WIDEST, calibrated, faithful, recorded_inputs, rounding_of, stochastic
+from tunesmith.merge.rounders import (
+    CALIBRATED,
+    ENOUGH,
+    WIDEST,
+    calibrated,
+    faithful,
+    recorded_inputs,
+    rounding_of,
+    stochastic,
+)
 from tunesmith.merge.rounding import Feedback, Rounder
 from tunesmith.merge.tiles import TileSums, settle_tile
 from tunesmith.merge.units import Compute, Context, Copy, Literal, TensorTask, Unit
 
 TILE_ELEMENTS = 1 << 16
+_SAMPLED_ROWS = 32
 FEEDBACK_TILES = 16  # so many tiles at once
 _COPY_BYTES = 16 << 20
 _READ_BYTES = 1 << 18  # fits the second cache, so that the checksum reads what was just copied there
@@ -173,7 +183,7 @@ def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> T
     with _Start(task, stack, context) as begun:
         norms = _column_norms(task, stack, begun) if task.whole else None
         for segment in _segments(task, piece.start, piece.stop, stack):
-            rounder = _rounder(task, segment, context, begun)
+            rounder = _rounder(task, segment, context, begun, norms)
             fast = _Fast.of(task, context, rounder)
             height = fast.height if fast else _tile_rows(task, rounder)
             for rows in _row_tiles(segment.start, segment.stop, height):
@@ -190,7 +200,9 @@ def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> T
     return total
 
 
-def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start) -> Rounder | None:
+def _rounder(
+    task: TensorTask, segment: Segment, context: Context, begun: _Start, norms: Float64 | None
+) -> Rounder | None:
     """How a segment's rows are rounded; None for to nearest."""
     rounding, a_RI = rounding_of(context.rounding, task.info.dtype, task.updates), segment.a_RI
     if rounding == "stochastic":
@@ -201,6 +213,8 @@ def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start
     if rounding in CALIBRATED and context.inputs is not None:
         module = next(update.module for update in task.updates if isinstance(update, LowRank))
         inputs_NI = recorded_inputs(context.inputs, module)
+    if rounding == "faithful" and _nearest_keeps(task, segment, _stack(context), begun, norms) >= ENOUGH:
+        return None
     calibrates = inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]
     narrow = len(a_RI) + sum(update.r for update in task.beside) <= WIDEST
     beside = task.beside if calibrates or narrow else ()
@@ -208,6 +222,19 @@ def _rounder(task: TensorTask, segment: Segment, context: Context, begun: _Start
     if calibrates and inputs_NI is not None:
         return calibrated(inputs_NI, _squared_steps(task, begun), a_RI, beside_RI, clamp=rounding == "calibrated")
     return faithful(a_RI, beside_RI)
+
+
+def _nearest_keeps(task: TensorTask, segment: Segment, stack: Stack, begun: _Start, norms: Float64 | None) -> float:
+    """The gain of rounding to nearest, from some rows in the middle of the tensor, or of its block.
+
+    They hang on nothing but the tensor, so that all its rows are rounded in one way wherever it is cut.
+    """
+    height = task.block_rows or task.matrix[0]
+    first = segment.start // max(1, height) * height + max(0, (height - _SAMPLED_ROWS) // 2)
+    rows = first, min(first + _SAMPLED_ROWS, first + height)
+    (sampled,) = _segments(task, *rows, stack)
+    _, sums = _tile(task, stack, begun, sampled, rows=rows, norms=norms, rounder=None)
+    return sums.realised_delta / sums.delta_delta if sums.delta_delta else 1.0
 
 
 def _squared_steps(task: TensorTask, begun: _Start) -> Float64:
