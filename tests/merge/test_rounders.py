@@ -254,6 +254,12 @@ def test_a_module_without_recorded_inputs_is_rounded_faithfully(weak: Path, benc
     empty.mkdir()
     with pytest.raises(CheckpointError, match="index"):
         merge_weights(plan, inputs=empty)
+    # Another folder of that name, later in the same process, is another folder.
+    (empty / "inputs.json").write_text(json.dumps({"tokens": 1, "files": {}, "modules": {"another": "0000.npy"}}))
+    assert read_inputs(str(empty), "model.layers.0.self_attn.q_proj") is None
+    (empty / "inputs.json").write_text(json.dumps({"tokens": 1, "files": {}, "modules": {"another": "0001.npy"}}))
+    with pytest.raises(CheckpointError, match="0001.npy"):
+        read_inputs(str(empty), "another")
     (empty / "inputs.json").write_text(json.dumps({"tokens": 0, "files": {}, "modules": {}}))
     out = merge_weights(plan, inputs=empty).path
     faithful = merged(weak, bench, tmp_path / "faithful")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +134,6 @@ def recorded_inputs(folder: str, module: str) -> Float64 | None:
         raise CheckpointError("The recorded inputs cannot be read.", where=Path(folder, name), found=error) from error
 
 
-@lru_cache(maxsize=1)
 def _index(folder: str) -> dict[str, str]:
     path = Path(folder, INPUTS_INDEX)
     try:
