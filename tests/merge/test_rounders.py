@@ -258,7 +258,7 @@ def test_a_module_without_recorded_inputs_is_rounded_faithfully(weak: Path, benc
     (empty / "inputs.json").write_text(json.dumps({"tokens": 1, "files": {}, "modules": {"another": "0000.npy"}}))
     assert read_inputs(str(empty), "model.layers.0.self_attn.q_proj") is None
     (empty / "inputs.json").write_text(json.dumps({"tokens": 1, "files": {}, "modules": {"another": "0001.npy"}}))
-    with pytest.raises(CheckpointError, match="0001.npy"):
+    with pytest.raises(CheckpointError, match="0001"):
         read_inputs(str(empty), "another")
     (empty / "inputs.json").write_text(json.dumps({"tokens": 0, "files": {}, "modules": {}}))
     out = merge_weights(plan, inputs=empty).path
