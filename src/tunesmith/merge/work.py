@@ -213,7 +213,9 @@ def _rounder(
     if rounding in CALIBRATED and context.inputs is not None:
         module = next(update.module for update in task.updates if isinstance(update, LowRank))
         inputs_NI = recorded_inputs(context.inputs, module)
-    if rounding == "faithful" and _nearest_keeps(task, segment, _stack(context), begun, norms) >= ENOUGH:
+    scaled = any(isinstance(update, Magnitude) for update in task.updates)
+    enough = ENOUGH - LESS_IF_SCALED * scaled
+    if rounding == "faithful" and _nearest_keeps(task, segment, _stack(context), begun, norms) >= enough:
         return None
     calibrates = inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]
     narrow = len(a_RI) + sum(update.r for update in task.beside) <= WIDEST
