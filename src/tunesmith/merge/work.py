@@ -21,6 +21,7 @@ from tunesmith.merge.kernel import can_settle, settle_bf16, settle_panel
 from tunesmith.merge.rounders import (
     CALIBRATED,
     ENOUGH,
+    LESS_IF_SCALED,
     WIDEST,
     calibrated,
     faithful,
