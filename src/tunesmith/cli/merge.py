@@ -144,6 +144,8 @@ def _cost(screen: Screen, plan: ts.MergePlan) -> None:
     screen.say(f"disk: {human_bytes(plan.write_bytes)} needed, {free} free")
     screen.say(f"memory: about {human_bytes(plan.memory_bytes)} for each unit of work")
     screen.say(f"time: about {plan.seconds:.0f} s on two cores, where the disk keeps up")
+    if plan.rounding.startswith("calibrated"):
+        screen.say("before that, the live model is loaded in float32, and its text and inputs take minutes and disk")
 
 
 def _result(screen: Screen, merged: ts.Merged) -> None:

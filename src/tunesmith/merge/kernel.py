@@ -1,8 +1,9 @@
 """The arithmetic of :mod:`tunesmith.merge.tiles` for bf16 in one pass over the numbers, where numba is installed.
 
-The bytes are the same: Δ comes from the same product of matrices, and what follows is, number by number, the same
-float64 sum rounded by the same integer arithmetic.  What is rare (subnormal or non-finite results) is not done here but
-left to the plain form.  Only the sums of what rounding kept are added up in another order.
+The bytes are the same.  To nearest, Δ comes from the same product of matrices, and what follows is, number by number,
+the same float64 sum rounded by the same integer arithmetic.  With feedback the products are made here, panel by panel,
+so that an aim may differ in its last bit.  What is rare (subnormal or non-finite results) is not done here but left to
+the plain form.  The sums of what rounding kept are added up in another order.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def settle_panel(
         What rounding kept; None where something is rare or nothing is compiled, and ``merged_TI`` is not to be used.
     """
     compiled, hessian, basis_IM = _compiled(_round_panel, _ROUND_PANEL), rounder.hessian, rounder.basis_IM
-    assert isinstance(hessian, LowRankHessian) and basis_IM is not None, "asked before"  # noqa: S101, PT018
+    inside_of_state = rounder.inside_of_state
+    assert isinstance(hessian, LowRankHessian), "can_settle was asked"  # noqa: S101
+    assert basis_IM is not None and inside_of_state is not None, "can_settle was asked"  # noqa: S101, PT018
     rows, sums = len(stored_TI), np.empty(7)
     state_MT, nearest_MT = hessian.begin(rows), np.zeros((basis_IM.shape[1], rows))
     ordinary = compiled is not None and compiled(
@@ -154,7 +157,6 @@ def settle_panel(
     )
     if not ordinary:
         return None
-    inside_MT = rounder.inside_of_state @ state_MT if rounder.inside_of_state is not None else state_MT
     unchanged, nearest_unchanged, *products = sums.tolist()
     delta_delta, realised_delta, error_error, nearest_realised, nearest_error = products
     return TileSums(
@@ -163,7 +165,7 @@ def settle_panel(
         delta_delta,
         realised_delta,
         error_error,
-        inside=float(np.square(inside_MT).sum()),
+        inside=float(np.square(inside_of_state @ state_MT).sum()),
         inside_of=delta_delta,
         nearest_unchanged=int(nearest_unchanged),
         nearest_realised_delta=nearest_realised,
@@ -176,9 +178,11 @@ def can_settle(rounder: Rounder | None) -> bool:
     """Whether the compiled pass knows a way of rounding: to nearest, and :func:`tunesmith.merge.rounders.faithful`."""
     if rounder is None:
         return True
-    hessian = rounder.hessian if isinstance(rounder, Feedback) and rounder.clamp else None
+    if not isinstance(rounder, Feedback) or not rounder.clamp or rounder.basis_IM is None:
+        return False
+    hessian = rounder.hessian
     alike = isinstance(hessian, LowRankHessian) and hessian.order is None and not hessian.revisited
-    return alike and isinstance(rounder, Feedback) and rounder.inside_of_state is not None
+    return alike and rounder.inside_of_state is not None
 
 
 def _add_products(total: Float64, factors: Float64, rows: Float64, count: int) -> None:
