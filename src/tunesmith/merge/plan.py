@@ -162,8 +162,8 @@ def _planned(
         assets=assets,
         write_bytes=write_bytes,
         free_bytes=free_bytes,
-        memory_bytes=_memory(files, binding, feedback="faithful" in rounded),
-        seconds=_seconds(files, binding, feedback=rounding != "nearest"),
+        memory_bytes=_memory(files, binding, feedback=rounding not in ("nearest", "stochastic")),
+        seconds=_seconds(files, binding, rounding),
         warnings=(*why, *binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
     )
 
@@ -317,8 +317,9 @@ def _memory(files: Sequence[OutputFile], binding: Binding, *, feedback: bool) ->
     return most + 12 * 8 * max(TILE_ELEMENTS * (FEEDBACK_TILES if feedback else 1), widest)
 
 
-def _seconds(files: Sequence[OutputFile], binding: Binding, *, feedback: bool) -> float:
+def _seconds(files: Sequence[OutputFile], binding: Binding, rounding: str) -> float:
     """Two cores: what is computed takes some nanoseconds a number, everything is read and written."""
     by_name = binding.by_name
     computed = sum(info.elements for file in files for info in file.tensors if info.name in by_name)
-    return 1.0 + computed * (6e-9 if feedback else 2e-9) + sum(file.size_bytes for file in files) / 1.5e9
+    each = 2e-9 if rounding == "nearest" else 3e-7 if rounding in CALIBRATED else 6e-9
+    return 1.0 + computed * each + sum(file.size_bytes for file in files) / 1.5e9
