@@ -101,7 +101,12 @@ def both_panels(stored: np.ndarray, b: np.ndarray, a: np.ndarray, rounder: Feedb
     merged, sums = panel(stored, b, a, rounder)
     plain, expected = settle_tile(as_float64(stored, "BF16"), b @ a, "BF16", kept_TI=stored, rounder=rounder)
     assert sums is not None
-    assert asdict(sums) == pytest.approx(asdict(expected), rel=1e-9, abs=1e-12 * expected.delta_delta)
+    ours, theirs = asdict(sums), asdict(expected)
+    # What nearest would have lost inside is a figure to read, and is summed in float32.
+    assert ours.pop("nearest_inside") == pytest.approx(
+        theirs.pop("nearest_inside"), rel=1e-4, abs=1e-7 * expected.delta_delta
+    )
+    assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12 * expected.delta_delta)
     assert sums.unchanged == expected.unchanged
     assert sums.nearest_unchanged == expected.nearest_unchanged
     return merged, plain

@@ -3,7 +3,8 @@
 The bytes are the same.  To nearest, Δ comes from the same product of matrices, and what follows is, number by number,
 the same float64 sum rounded by the same integer arithmetic.  With feedback the products are made here, panel by panel,
 so that an aim may differ in its last bit.  What is rare (subnormal or non-finite results) is not done here but left to
-the plain form.  The sums of what rounding kept are added up in another order.
+the plain form.  The sums of what rounding kept are added up in another order; the error of rounding to nearest inside the
+row space, which nothing is decided by, in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tunesmith.merge.rounding import Feedback, LowRankHessian, Rounder
 from tunesmith.merge.tiles import TileSums
 
 _SETTLE_BF16 = "b1(u2[::1], f8[::1], u2[::1], f8[::1])"
-_ROUND_PANEL = f"b1(u2[:, ::1], {'f8[:, ::1], ' * 8}u2[:, ::1], f8[::1])"
+_ROUND_PANEL = f"b1(u2[:, ::1], {'f8[:, ::1], ' * 5}f4[:, ::1], f8[:, ::1], f4[:, ::1], u2[:, ::1], f8[::1])"
 
 _compiling = threading.Lock()
 
@@ -141,7 +142,7 @@ def settle_panel(
     assert isinstance(hessian, LowRankHessian), "can_settle was asked"  # noqa: S101
     assert basis_IM is not None and inside_of_state is not None, "can_settle was asked"  # noqa: S101, PT018
     rows, sums = len(stored_TI), np.empty(7)
-    state_MT, nearest_MT = hessian.begin(rows), np.zeros((basis_IM.shape[1], rows))
+    state_MT, nearest_MT = hessian.begin(rows), np.zeros((basis_IM.shape[1], rows), np.float32)
     ordinary = compiled is not None and compiled(
         stored_TI,
         a_IR,
@@ -149,7 +150,7 @@ def settle_panel(
         hessian.u_IM,
         hessian.v_IM,
         hessian.within_IB,
-        basis_IM,
+        basis_IM.astype(np.float32),
         state_MT,
         nearest_MT,
         merged_TI,
@@ -170,7 +171,7 @@ def settle_panel(
         nearest_unchanged=int(nearest_unchanged),
         nearest_realised_delta=nearest_realised,
         nearest_error_error=nearest_error,
-        nearest_inside=float(np.square(nearest_MT).sum()),
+        nearest_inside=float(np.square(nearest_MT, dtype=np.float64).sum()),
     )
 
 
@@ -220,31 +221,31 @@ def _round_panel(
     """Every column of a panel of rows, block by block; False where a number is rare."""
     rows, columns = stored.shape
     width = within.shape[1]
-    block = np.empty((rows, width), np.uint16)  # beside each other, or all would meet in a few lines of the cache
-    before, after = np.empty(rows, np.uint32), np.empty(rows, np.uint16)
+    block = np.empty((width, rows), np.uint16)  # beside each other, or all would meet in a few lines of the cache
+    pattern = np.empty(rows, np.uint32)
     delta, aim = np.empty(rows), np.empty(rows)
-    errors, nearest_errors = np.empty((width, rows)), np.empty((width, rows))
-    u_block, basis_block = np.empty((u.shape[1], width)), np.empty((basis.shape[1], width))
+    errors, nearest_errors = np.empty((width, rows)), np.empty((width, rows), np.float32)
+    u_block, basis_block = np.empty((u.shape[1], width)), np.empty((basis.shape[1], width), np.float32)
     rare = unchanged = nearest_unchanged = 0
     delta_delta = error_delta = error_error = nearest_delta = nearest_error = 0.0
     for start in range(0, columns, width):
         count = min(width, columns - start)
         for t in range(rows):
             for j in range(count):
-                block[t, j] = stored[t, start + j]
+                block[j, t] = stored[t, start + j]
         for j in range(count):
             column = start + j
             for t in range(rows):
-                before[t] = block[t, j]
+                pattern[t] = block[j, t]
                 delta[t] = 0.0
                 aim[t] = 0.0
             _add_products(delta, a[column], b, a.shape[1])
             _add_products(aim, v[column], state, v.shape[1])
             _add_products(aim, within[column], errors, j)
-            errors_j, nearest_errors_j = errors[j], nearest_errors[j]
+            # What comes of a number takes its place: with more arrays than these, the compiler fears that they overlap.
             for t in range(rows):
-                d = delta[t]
-                w = np.float64(np.uint32(before[t] << np.uint32(16)).view(np.float32))
+                d, before = delta[t], pattern[t]
+                w = np.float64(np.uint32(before << np.uint32(16)).view(np.float32))
                 # W + 0 is W, but −0.0 + 0.0 is 0.0; and −0.0 is what changes nothing.
                 exact = np.float64(w + (d if d != 0.0 else -0.0))
                 bits = exact.view(np.uint64)
@@ -266,22 +267,25 @@ def _round_panel(
                 taken = outer if further else inner
                 near = near_bits.view(np.float64)
                 error, near_error = taken - exact, near - exact
-                errors_j[t] = error
-                nearest_errors_j[t] = near_error
+                aim[t] = error
+                delta[t] = near_error
                 stored_now = np.uint32(np.float32(taken).view(np.uint32) >> np.uint32(16))
-                after[t] = np.uint16(stored_now)
-                unchanged += int(stored_now == before[t])
+                pattern[t] = stored_now
+                unchanged += int(stored_now == before)
                 nearest_unchanged += int(near == w)
                 delta_delta += d * d
                 error_delta += error * d
                 error_error += error * error
                 nearest_delta += near_error * d
                 nearest_error += near_error * near_error
+            errors_j, nearest_errors_j = errors[j], nearest_errors[j]
             for t in range(rows):
-                block[t, j] = after[t]
+                block[j, t] = np.uint16(pattern[t])
+                errors_j[t] = aim[t]
+                nearest_errors_j[t] = np.float32(delta[t])
         for t in range(rows):
             for j in range(count):
-                merged[t, start + j] = block[t, j]
+                merged[t, start + j] = block[j, t]
         for j in range(count):
             for m in range(u.shape[1]):
                 u_block[m, j] = u[start + j, m]
