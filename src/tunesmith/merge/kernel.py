@@ -3,8 +3,8 @@
 The bytes are the same.  To nearest, Δ comes from the same product of matrices, and what follows is, number by number,
 the same float64 sum rounded by the same integer arithmetic.  With feedback the products are made here, panel by panel,
 so that an aim may differ in its last bit.  What is rare (subnormal or non-finite results) is not done here but left to
-the plain form.  The sums of what rounding kept are added up in another order; the error of rounding to nearest inside the
-row space, which nothing is decided by, in float32.
+the plain form.  The sums of what rounding kept are added up in another order; the error of rounding to nearest inside
+the row space, by which nothing is decided, in float32.
 """
 
 from __future__ import annotations
