@@ -109,6 +109,10 @@ class Adapter:
         if self.config.get("peft_type") == "LORA":
             self._read_tensors()
 
+    def __reduce__(self) -> tuple[type[Adapter], tuple[Path]]:
+        """In another process it is opened again."""
+        return type(self), (self.path,)
+
     @property
     def base_model(self) -> str | None:
         """The base that the configuration names."""

@@ -99,6 +99,23 @@ class Tile:
     early: Callable[[str], list[Interval]] | None = None
 
 
+@dataclass(frozen=True)
+class OneUpdate:
+    """Rows of a bf16 tensor that one low-rank update is added to, and nothing else.
+
+    Attributes:
+        begin: the base's rows as stored, uint16 patterns, shape (T, C).
+        b_TR: the update's rows of B.
+        a_RC: its A, scaled.
+        bound_T: bound on the error of ``b_TR @ a_RC``, a row.
+    """
+
+    begin: Array
+    b_TR: Float64
+    a_RC: Float64
+    bound_T: Float64
+
+
 class Expectation:
     """Every tensor that a merge should hold.
 
@@ -170,6 +187,7 @@ class Expected:
         self.rows, self.columns = _grid(shape, updates)
         self._factors: dict[int, tuple[Float64, Float64]] = {}
         self._column_norms: dict[str | None, tuple[Float64, Float64]] = {}
+        self._scaled_A: dict[int, tuple[Float64, Float64]] = {}
 
     @property
     def module(self) -> str | None:
@@ -181,18 +199,54 @@ class Expected:
         """Whether it starts as the base's own tensor, as stored, with all its rows."""
         return not self._put_in and not any(isinstance(update, Copied | Replaced) for update in self.updates)
 
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """Rows from and up to, of every tile; none crosses a block's border."""
-        height = max(1, _TILE_ELEMENTS // max(1, self.columns))
-        block = self._block_rows or self.rows
-        for begin in range(0, self.rows, max(1, block)):
-            end = min(begin + block, self.rows)
-            yield from ((start, min(start + height, end)) for start in range(begin, end, height))
+    @property
+    def whole_at_once(self) -> bool:
+        """Whether every row depends on all of them: a norm of every column."""
+        return self.magnitude is not None and self.magnitude.per == "column"
 
-    def kept(self, start: int, stop: int) -> tuple[bytes, str] | None:
-        """The bytes and the dtype that some rows keep from where they begin; None where anything acts on them."""
+    def tiles(
+        self, start: int = 0, stop: int | None = None, *, elements: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Rows from and up to, of every tile between two rows; none crosses a block's border.
+
+        Args:
+            start: the first row.
+            stop: the row to stop before; None for all.
+            elements: how many numbers a tile has at most, unless one row has more; None for what fits a cache.
+        """
+        stop = self.rows if stop is None else stop
+        height = max(1, (elements or _TILE_ELEMENTS) // max(1, self.columns))
+        block = max(1, self._block_rows or self.rows)
+        while start < stop:
+            end = min(start + height, start - start % block + block, stop)
+            yield start, end
+            start = end
+
+    def kept(self, start: int, stop: int) -> tuple[Array, str] | None:
+        """What some rows keep from where they begin, and its dtype; None where anything acts on them."""
         acts = self.magnitude or self._added or self._of(start) or any(self._hits(u, start, stop) for u in self._put_in)
-        return None if acts or self._seen else (self._source.read(start, stop).tobytes(), self._source.info.dtype)
+        return None if acts or self._seen else (self._source.read(start, stop), self._source.info.dtype)
+
+    def one_update(self, start: int, stop: int) -> OneUpdate | None:
+        """The parts of some rows, where the tensor is the base's own in bf16 and one low-rank update acts on them."""
+        terms = self._of(start)
+        others = self.magnitude or self._added or self._put_in or self._seen or not self.begins_as_itself
+        if others or len(terms) != 1 or self._source.info.dtype != "BF16":
+            return None
+        number, update, row = terms[0]
+        b_TR = self._factor(number, update)[1][row : row + stop - start]
+        a_RC, largest_R = self._scaled(number, update)
+        terms_T = abs(update.scaling) * (np.abs(b_TR) @ largest_R)
+        bound_T = (a_RC.shape[0] + 3) * DOUBLE * terms_T
+        return OneUpdate(self._source.read(start, stop), b_TR, a_RC, bound_T)
+
+    def _scaled(self, number: int, update: LowRank) -> tuple[Float64, Float64]:
+        """An update's A, scaled, and the largest |A| of every rank."""
+        if number not in self._scaled_A:
+            a_RC, _ = self._factor(number, update)
+            # Of a stack of matrices, only those of the one at hand are held.
+            self._scaled_A = {number: (np.ascontiguousarray(update.scaling * a_RC), np.abs(a_RC).max(axis=1))}
+        return self._scaled_A[number]
 
     def of_base(self, start: int, stop: int) -> Float64 | None:
         """The base's own rows, whatever the tensor begins as; None where it has none of that shape."""
@@ -209,9 +263,9 @@ class Expected:
             several = len(parts) > 1
             early = (lambda dtype: _one_after_another(begin, parts, bound, dtype)) if several else None
             return Tile(begin, delta, bound, bool(parts), early)
-        return self._scaled(begin, delta, bound, slice(start, stop))
+        return self._under_magnitude(begin, delta, bound, slice(start, stop))
 
-    def _scaled(self, begin: Float64, delta: Float64, bound: Float64, rows: slice) -> Tile:
+    def _under_magnitude(self, begin: Float64, delta: Float64, bound: Float64, rows: slice) -> Tile:
         """Rows under the trained magnitude."""
         terms = self.columns if self.magnitude and self.magnitude.per == "row" else self.rows
 

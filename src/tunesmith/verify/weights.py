@@ -19,26 +19,40 @@ against the base's byte for byte.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import islice
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, TensorInfo, as_float64
 from tunesmith.progress import Cancellation, Progress, ProgressCallback
 from tunesmith.verify.expected import Expectation, Expected, Interval, Matrix, early_rounding
+from tunesmith.verify.kernel import available, tally_bf16
 from tunesmith.verify.records import TensorVerdict
 from tunesmith.verify.rounding import is_nearest, with_neighbours
 
 FEW_ELEMENTS = 64
 _STRAY_SHARE = 1e-4
 _CHUNK_BYTES = 1 << 20
+_PART_ELEMENTS = 1 << 23  # what is handed to one worker at once
+_READ_ELEMENTS = 1 << 19  # system calls are dear
+_PAYS_TO_COMPILE = 50_000_000
 
 
 @dataclass
 class Tally:
-    """Sums over tiles of one tensor; the first seven count elements.
+    """Sums over tiles of one tensor; the first seven count elements, in the order of :func:`tally_bf16`'s counts.
 
     ``either`` counts those among the twice-rounded that would be faithful, had none been rounded twice.
     """
@@ -80,45 +94,200 @@ class Tally:
 
 
 def check_weights(
-    merged: Checkpoint, expectation: Expectation, *, progress: ProgressCallback, cancellation: Cancellation
+    merged: Checkpoint,
+    expectation: Expectation,
+    *,
+    sample: bool = False,
+    executor: Executor | None = None,
+    progress: ProgressCallback,
+    cancellation: Cancellation,
 ) -> tuple[TensorVerdict, ...]:
     """Classify every element of every tensor that the merged model should hold and does.
 
     Args:
         merged: the merged model.
         expectation: what it should hold.
+        sample: only look at the first, the last and another tile of each tensor.
+        executor: what classifies the parts; None for a pool of threads, one a core.
         progress: told of elements done.
-        cancellation: read between tiles.
+        cancellation: read between tiles, or between parts where an executor was given.
 
     Returns:
-        One verdict a tensor, in the base's order, new tensors last.
+        One verdict a tensor, in the base's order, new tensors last; their counts are of what was looked at.
     """
-    keep_freed_memory()
     stored = merged.tensors
     names = [name for name in expectation.names if name in stored and _comparable(stored[name], expectation)]
-    total = sum(stored[name].elements for name in names)
-    done = 0
-    verdicts = []
-    for name in names:
-        tally = Tally()
-        expected = expectation.tensor(name)
-        for tile in _tallies(merged, expectation, expected):
-            tally.add(tile)
-            done += tile.elements
-            progress(Progress("verify weights", done, total, "elements", name))
-            cancellation.check()
-        verdicts.append(tally.verdict(name, expected.module))
-    return tuple(verdicts)
+    parts = [part for name in names for part in _parts(expectation, name, sample=sample)]
+    report = _Reporter(sum(part.elements for part in parts), progress, cancellation)
+    parts = [replace(part, compiled=True) for part in parts] if _pays_to_compile(parts, expectation) else parts
+    tallies = {name: Tally() for name in names}
+    with threadpool_limits(1), _own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
+        for part, tally in zip(parts, _tallies(pool, merged, expectation, parts, report, own=own), strict=True):
+            tallies[part.name].add(tally)
+    return tuple(tallies[name].verdict(name, expectation.tensor(name).module) for name in names)
 
 
-def _tallies(merged: Checkpoint, expectation: Expectation, expected: Expected) -> Iterator[Tally]:
-    """The tallies of one tensor's tiles."""
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor, classified by themselves.
+
+    Attributes:
+        name: the tensor.
+        start: the first row.
+        stop: the row to stop before.
+        elements: how many numbers they hold.
+        compiled: whether to use the compiled arithmetic; the counts are the same.
+    """
+
+    name: str
+    start: int
+    stop: int
+    elements: int
+    compiled: bool = False
+
+
+def _pays_to_compile(parts: Sequence[Part], expectation: Expectation) -> bool:
+    """Whether the compiled arithmetic is there, and saves more time than it takes to load."""
+    changed = sum(part.elements for part in parts if expectation.updates.get(part.name))
+    return changed > _PAYS_TO_COMPILE and available()
+
+
+def _parts(expectation: Expectation, name: str, *, sample: bool) -> list[Part]:
+    expected = expectation.tensor(name)
+    whole = Part(name, 0, expected.rows, expected.rows * expected.columns)
+    if expected.whole_at_once or whole.elements == 0:
+        return [whole]
+    rows = list(expected.tiles(elements=None if sample else _PART_ELEMENTS))
+    if sample:
+        rows = sorted({rows[0], rows[zlib.crc32(name.encode()) % len(rows)], rows[-1]})
+    return [Part(name, start, stop, (stop - start) * expected.columns) for start, stop in rows]
+
+
+class _Reporter:
+    """Progress and the wish to stop, for many threads at once."""
+
+    def __init__(self, total: int, progress: ProgressCallback, cancellation: Cancellation) -> None:
+        self._total, self._progress, self._cancellation = total, progress, cancellation
+        self._done, self._lock = 0, threading.Lock()
+        self.failed = Cancellation()  # our own: the caller's flag is theirs to set
+
+    def looked_at(self, elements: int, name: str) -> None:
+        with self._lock:
+            self._done += elements
+            self._progress(Progress("verify weights", self._done, self._total, "elements", name))
+        self._cancellation.check()
+        self.failed.check()
+
+
+@contextmanager
+def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
+    if executor is not None:
+        yield executor, False
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool, True
+
+
+def _tallies(
+    pool: Executor,
+    merged: Checkpoint,
+    expectation: Expectation,
+    parts: Sequence[Part],
+    report: _Reporter,
+    *,
+    own: bool,
+) -> Iterator[Tally]:
+    """The parts' tallies in the parts' order, so that their sums are always the same; a bounded number at once."""
+    running: deque[tuple[Part, Future[Tally]]] = deque()
+    todo, most = iter(parts), 4 * (os.cpu_count() or 1)
+    try:
+        while True:
+            for part in islice(todo, most - len(running)):
+                told = (report.looked_at,) if own else ()
+                running.append((part, pool.submit(tally_part, merged, expectation, part, *told)))
+            if not running:
+                return
+            part, future = running.popleft()
+            tally = future.result()
+            if not own:
+                report.looked_at(part.elements, part.name)
+            yield tally
+    except BaseException:
+        report.failed.cancel()
+        for _, future in running:
+            future.cancel()
+        raise
+
+
+def tally_part(
+    merged: Checkpoint, expectation: Expectation, part: Part, told: Callable[[int, str], None] | None = None
+) -> Tally:
+    """Classify a part, tile by tile.
+
+    Args:
+        merged: the merged model.
+        expectation: what it should hold.
+        part: which rows.
+        told: called with the elements of each tile and the tensor's name.
+
+    Returns:
+        The sums.
+    """
+    keep_freed_memory()
+    if multiprocessing.parent_process() is not None:
+        _one_thread_of_blas()
+    expected, total = expectation.tensor(part.name), Tally()
+    for tally in _tiles_of(merged, expectation, expected, part):
+        total.add(tally)
+        if told is not None:
+            told(tally.elements, part.name)
+    return total
+
+
+@lru_cache(maxsize=1)
+def _one_thread_of_blas() -> None:
+    """In a worker process of a pool, for good: its siblings use the other cores.  Threads are the caller's matter."""
+    threadpool_limits(1)
+
+
+def _tiles_of(merged: Checkpoint, expectation: Expectation, expected: Expected, part: Part) -> Iterator[Tally]:
     if merged.info(expected.name).dtype not in FLOAT_DTYPES:
-        yield from _compare_bytes(merged, expectation.base, expected.name)
+        yield from _compare_bytes(merged, expectation.base, expected, part)
         return
     stored = matrix_of(merged, expected)
-    for start, stop in expected.tiles():
-        yield tally_rows(stored, expected, start, stop)
+    for start, stop in expected.tiles(part.start, part.stop, elements=_READ_ELEMENTS):
+        tally = _at_once(stored, expected, start, stop, compiled=part.compiled)
+        if tally is not None:
+            yield tally
+        else:
+            yield from (tally_rows(stored, expected, *rows) for rows in expected.tiles(start, stop))
+
+
+def _at_once(stored: Matrix, expected: Expected, start: int, stop: int, *, compiled: bool) -> Tally | None:
+    """Rows that are kept as they were, or that the compiled pass knows; None where they need a closer look."""
+    values, dtype = stored.read(start, stop), stored.info.dtype
+    kept = expected.kept(start, stop)
+    if kept is not None:
+        if not _same_bits(kept, (values, dtype)) or not expected.begins_as_itself:
+            return None
+        return Tally(elements=values.size, exact=values.size, unchanged=values.size)
+    update = expected.one_update(start, stop) if dtype == "BF16" and compiled else None
+    if update is None:
+        return None
+    total = Tally()
+    for first, last in expected.tiles(start, stop):
+        rows = slice(first - start, last - start)
+        delta_TC = update.b_TR[rows] @ update.a_RC
+        told = tally_bf16(values[rows], update.begin[rows], delta_TC, update.bound_T[rows])
+        if told is None:
+            return None
+        total.add(Tally((last - first) * expected.columns, *told[0], *told[1]))
+    return total
+
+
+def _same_bits(first: tuple[Array, str], second: tuple[Array, str]) -> bool:
+    (ours, dtype), (theirs, other) = first, second
+    return dtype == other and np.array_equal(ours.reshape(-1).view(np.uint8), theirs.reshape(-1).view(np.uint8))
 
 
 def matrix_of(merged: Checkpoint, expected: Expected) -> Matrix:
@@ -139,7 +308,8 @@ def tally_rows(stored: Matrix, expected: Expected, start: int, stop: int) -> Tal
         The sums; ``unchanged`` counts what equals the base's own tensor of that name.
     """
     values, dtype = stored.read(start, stop), stored.info.dtype
-    if expected.kept(start, stop) == (values.tobytes(), dtype):
+    kept = expected.kept(start, stop)
+    if kept is not None and _same_bits(kept, (values, dtype)):
         tally = Tally(elements=values.size, exact=values.size, unchanged=values.size)
     else:
         tile = expected.tile(start, stop)
@@ -154,17 +324,20 @@ def tally_rows(stored: Matrix, expected: Expected, start: int, stop: int) -> Tal
     return tally
 
 
-def _compare_bytes(merged: Checkpoint, base: Checkpoint, name: str) -> Iterator[Tally]:
+def _compare_bytes(merged: Checkpoint, base: Checkpoint, expected: Expected, part: Part) -> Iterator[Tally]:
     """The tallies of a tensor in a dtype that is no floating-point one of ours, whole numbers of elements at a time."""
+    name = expected.name
     ours, theirs = merged.info(name), base.info(name)
     bits = 8 * ours.size_bytes // max(1, ours.elements)
     width = max(1, bits // 8)
+    row_bytes = ours.size_bytes // max(1, expected.rows)
+    begin, end = part.start * row_bytes, ours.size_bytes if part.stop == expected.rows else part.stop * row_bytes
     paths = [checkpoint.shards[checkpoint.shard_of(name)].path for checkpoint in (merged, base)]
     with paths[0].open("rb") as first, paths[1].open("rb") as second:
-        first.seek(ours.begin)
-        second.seek(theirs.begin)
-        for done in range(0, ours.size_bytes, _CHUNK_BYTES):
-            count = min(_CHUNK_BYTES, ours.size_bytes - done)
+        first.seek(ours.begin + begin)
+        second.seek(theirs.begin + begin)
+        for done in range(begin, end, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, end - done)
             pair = [np.frombuffer(file.read(count), np.uint8).reshape(-1, width) for file in (first, second)]
             elements = 8 * count // bits
             differing = int((pair[0] != pair[1]).any(axis=1).sum()) * max(1, 8 // bits)

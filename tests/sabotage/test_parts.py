@@ -1,0 +1,62 @@
+"""The weights level gives the same verdicts whatever does the work, and however it is cut."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.sabotage.workshop import Workshop
+from tunesmith.adapter import Stack
+from tunesmith.checkpoint import Checkpoint
+from tunesmith.progress import Cancellation, no_progress
+from tunesmith.verify import expected, weights
+from tunesmith.verify.expected import Expectation
+from tunesmith.verify.weights import check_weights
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "faithful"])
+def test_a_merge_is_judged_alike_compiled_in_parts_and_in_processes(
+    rounding: str, shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same verdicts, whatever does the work and however it is cut."""
+    base = Checkpoint(shop.base)
+    stack = Stack([(shop.run, 1.0)])
+    expectation = Expectation(base, stack, stack.bind(base))
+    merged = Checkpoint({"nearest": shop.nearest, "faithful": shop.merged}[rounding])
+
+    def verdicts(**options: object) -> list[dict[str, object]]:
+        found = check_weights(merged, expectation, progress=no_progress, cancellation=Cancellation(), **options)
+        return [tensor.model_dump() for tensor in found]
+
+    plain = verdicts()
+    assert sum(int(str(one["faithful"])) for one in plain) > 100 or rounding == "nearest"
+    pickle.loads(pickle.dumps(expectation))  # noqa: S301 - our own, just made: this is how a process gets it
+    with ProcessPoolExecutor(2) as pool:
+        assert verdicts(executor=pool) == plain
+    monkeypatch.setattr(weights, "_PAYS_TO_COMPILE", 0)
+    monkeypatch.setattr(weights, "_PART_ELEMENTS", 1000)
+    for ours, theirs in zip(verdicts(), plain, strict=True):
+        assert {k: v for k, v in ours.items() if not isinstance(v, float)} == {
+            k: v for k, v in theirs.items() if not isinstance(v, float)
+        }
+        floats = {k: v for k, v in theirs.items() if isinstance(v, float)}
+        assert {k: ours[k] for k in floats} == pytest.approx(floats, rel=1e-9)
+
+
+def test_a_sample_looks_at_a_part_and_says_of_how_many(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First, last and another tile of every tensor, the same on every run."""
+    base = Checkpoint(shop.base)
+    stack = Stack([(shop.run, 1.0)])
+    expectation = Expectation(base, stack, stack.bind(base))
+    monkeypatch.setattr(expected, "_TILE_ELEMENTS", 512)
+    merged = Checkpoint(Path(shop.merged))
+    options = {"progress": no_progress, "cancellation": Cancellation()}
+    looked = check_weights(merged, expectation, sample=True, **options)
+    assert looked == check_weights(merged, expectation, sample=True, **options)
+    every = check_weights(merged, expectation, **options)
+    assert [tensor.name for tensor in looked] == [tensor.name for tensor in every]
+    assert sum(t.elements for t in looked) < 0.5 * sum(t.elements for t in every)
+    assert all(0 < t.elements <= 3 * 512 for t in looked)
