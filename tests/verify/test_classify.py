@@ -136,6 +136,17 @@ def test_an_untouched_number_has_no_neighbour_to_choose(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", [0.0, 1e-3])
+def test_a_number_far_below_what_it_should_be_is_outside(delta: float, dtype: str) -> None:
+    """Its neighbours are so near to it that float64 sees all three as far from x: that makes none of them right."""
+    patterns = np.array([0, 1, 2, rounded(np.array([1e-7]), dtype)[0]])
+    patterns = np.concatenate([patterns, patterns | 1 << (8 * np.dtype(PATTERN[dtype]).itemsize - 1)])
+    for base in (0.1, -3.0):
+        seen = classes(patterns, dtype, np.full(8, base), np.full(8, delta))
+        assert seen == ["outside"] * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormal_numbers_are_classed_like_others(dtype: str) -> None:
     """Near zero the steps are all alike, and zero's neighbours are of both signs."""
     tiny = number(1, dtype)

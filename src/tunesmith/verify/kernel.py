@@ -105,7 +105,7 @@ def _tally_bf16(stored: Array, begin: Array, delta: Float64, bound: Float64, cou
             down = size - np.uint32(1) if size > np.uint32(0) else np.uint32(0x8001)
             inn = np.float64(np.uint32(down << np.uint32(16)).view(np.float32))
             slack = bound_t + _OF_X * abs(x)
-            exact = min(abs(x - inn), abs(out - x)) - abs(at - x) >= -2.0 * slack
+            exact = (x <= at + (out - at) * 0.5 + slack) & (x >= at - (at - inn) * 0.5 - slack)
             between = (not exact) & (x > inn + slack) & (x < out - slack)
             reach = _OF_DELTA * abs(d) + _HALF_SMALLEST + bound_t * _OF_BOUND + _SINGLE * abs(x) if d != 0.0 else 0.0
             low, high = x - reach, x + reach

@@ -22,6 +22,7 @@ class TensorVerdict(Part):
         faithful: how many more are the other of the exact value's two neighbours.
         twice_rounded: how many more are explained by a rounding of Δ before the sum.
         outside: how many none of these explains.
+        not_finite: how many of those are infinite or not a number.
         unchanged: how many equal the base's.
         gain: least-squares factor between what was added and what should have been; None where Δ is 0.
         relative_error: ‖added − Δ‖ / ‖Δ‖; None where Δ is 0.
@@ -36,9 +37,32 @@ class TensorVerdict(Part):
     twice_rounded: int
     outside: int
     unchanged: int
+    not_finite: int = 0
     gain: float | None = None
     relative_error: float | None = None
     delta_norm: float = 0.0
+
+
+class Divergence(Part):
+    """Where two greedy texts part: the token that each model takes there, and what both think of the two.
+
+    Attributes:
+        adapter_choice: the adapter's choice, as text.
+        merged_choice: the merged model's choice.
+        adapter_probabilities: what the adapter gives to the first and to the second.
+        merged_probabilities: what the merged model gives to them.
+        margin: how far the first is before the second under the adapter, in nats (a difference of logits).
+        noise: how far rounding alone moves such a margin at other positions.
+        tie: whether ``margin`` is within ``noise``.
+    """
+
+    adapter_choice: str
+    merged_choice: str
+    adapter_probabilities: tuple[float, float]
+    merged_probabilities: tuple[float, float]
+    margin: float
+    noise: float
+    tie: bool
 
 
 class BehaviourRow(Part):
@@ -56,6 +80,11 @@ class BehaviourRow(Part):
         first_difference: index of the first differing token; None where the texts are the same.
         adapter_text: greedy text of the adapter.
         merged_text: greedy text of the merged model.
+        rounding_kl: mean KL(adapter ‖ reference), where the reference is the loaded base with the recomputed weights:
+            what this merge's rounding costs; None where there was no reference.
+        loading_kl: mean KL(reference ‖ merged): what the merged model's own loading costs; None likewise.
+        divergence: the two candidates at the first difference; None where the texts are the same or cannot be held
+            against each other.
     """
 
     prompt_id: str
@@ -69,6 +98,14 @@ class BehaviourRow(Part):
     first_difference: int | None
     adapter_text: str
     merged_text: str
+    rounding_kl: float | None = None
+    loading_kl: float | None = None
+    divergence: Divergence | None = None
+
+    @property
+    def tie(self) -> bool:
+        """Whether the texts part at a tie, which either model may break either way."""
+        return self.divergence is not None and self.divergence.tie
 
 
 class Level(Part):
@@ -101,6 +138,8 @@ class Verdict(Record):
         tensors: every tensor of the weights level.
         behaviour: every prompt of the behaviour level.
         dtype: the dtype of the behaviour level's arithmetic; None where it was skipped.
+        certificate: whether a certificate was written into the directory, or a warning that says why not; None where
+            none was to be.
     """
 
     run: str
@@ -113,6 +152,7 @@ class Verdict(Record):
     tensors: tuple[TensorVerdict, ...] = ()
     behaviour: tuple[BehaviourRow, ...] = ()
     dtype: str | None = None
+    certificate: Finding | None = None
 
     @property
     def good(self) -> bool:

@@ -67,6 +67,7 @@ class Tally:
     delta_delta: float = 0.0
     added_delta: float = 0.0
     error_error: float = 0.0
+    not_finite: int = 0
 
     def add(self, other: Tally) -> None:
         """Add another tile's sums."""
@@ -86,6 +87,7 @@ class Tally:
             faithful=self.faithful + by_neighbour,
             twice_rounded=self.twice_rounded - by_neighbour,
             outside=self.outside,
+            not_finite=self.not_finite,
             unchanged=self.unchanged,
             gain=self.added_delta / self.delta_delta if moved else None,
             relative_error=(self.error_error / self.delta_delta) ** 0.5 if moved else None,
@@ -385,6 +387,7 @@ def classify(
         delta_delta=_dot(delta, delta),
         added_delta=_dot(added, delta) if finite else 0.0,
         error_error=_dot(error, error) if finite else float("inf"),
+        not_finite=0 if finite else int(np.count_nonzero(~np.isfinite(value))),
     )
     plain = is_nearest(stored, x, dtype)
     if not finite:
@@ -413,11 +416,11 @@ def _classify_rest(
     value, below, above = with_neighbours(stored, dtype)
     slack = bound + 2.0**-52 * np.abs(x)
     with np.errstate(invalid="ignore"):
+        # From step to step, and not by which of the three is nearest: of numbers far below x, float64 cannot tell.
+        exact = (x <= value + (above - value) / 2 + slack) & (x >= value - (value - below) / 2 - slack)
         # The half steps; beside the largest number stands infinity, whose step is that of the other side.
         up, down = above - value, value - below
         up, down = np.where(np.isfinite(up), up, down) / 2, np.where(np.isfinite(down), down, up) / 2
-        margin = np.minimum(np.abs(x - below), np.abs(above - x)) - np.abs(value - x)
-        exact = margin >= -2 * slack
         twice = np.zeros(exact.shape, bool)
         for low, high in early:
             twice |= (low < high) & (value + up + slack >= low) & (value - down - slack <= high)
