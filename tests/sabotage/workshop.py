@@ -153,10 +153,16 @@ def make_workshop(root: Path) -> Workshop:
 
 
 def tunesmith_merge(
-    run: Path, base: Path, out: Path, *, checkpoint: str | int = "final", rounding: str = "auto"
+    run: Path,
+    base: Path,
+    out: Path,
+    *,
+    checkpoint: str | int = "final",
+    rounding: str = "auto",
+    base_view: str | None = None,
 ) -> Path:
     """A merge by Tunesmith itself."""
-    merge(plan_merge(run, out, base=str(base), checkpoint=checkpoint, rounding=rounding))
+    merge(plan_merge(run, out, base=str(base), checkpoint=checkpoint, rounding=rounding, base_view=base_view))
     return out
 
 

@@ -290,7 +290,7 @@ def test_every_question_can_be_asked_of_every_kind(kind: str, spoil: str, tmp_pa
 
     out = bench.merge(change)
     verdicts = bench.verdicts(out)
-    causes = diagnose_weights(verdicts, Checkpoint(out), bench.expectation, [("other", other.expectation)])
+    causes = diagnose_weights(verdicts, Checkpoint(out), bench.expectation, {"other": other.expectation})
     assert causes
     assert all(finding_text(cause, lang) for cause in causes for lang in ("en", "zh"))
     assert all(cause.params.get("count") != 0 for cause in causes)
@@ -306,7 +306,20 @@ def test_rows_that_were_left_out_beside_another_update_are_told_by_their_cause(t
     whole = tensors["base_model.model.embed_tokens.base_layer.weight"].double()
     without = round_once(whole + SCALING * (b @ a).T, torch.bfloat16)
     out = bench.merge(lambda merged: merged.update({EMBEDDING: without}))
-    causes = diagnose_weights(bench.verdicts(out), Checkpoint(out), bench.expectation, [])
+    causes = diagnose_weights(bench.verdicts(out), Checkpoint(out), bench.expectation, {})
     assert [(cause.code, dict(cause.params)) for cause in causes] == [
         ("cause_rows_missing", {"tensor": EMBEDDING, "count": 1})
     ]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "code"),
+    [("experts-interleaved-wrongly", "cause_experts_sliced"), ("gate-and-up-swapped", "cause_gate_up_swapped")],
+)
+def test_experts_that_were_cut_wrongly_are_told_by_their_cause(mutant: str, code: str, tmp_path: Path) -> None:
+    """The update is all there, in other columns or rows of the stack."""
+    kind, name, spoil = MUTANTS[mutant]
+    bench = Bench(tmp_path, KINDS[kind](), torch.bfloat16)
+    out = bench.merge(spoil(bench))
+    causes = diagnose_weights(bench.verdicts(out), Checkpoint(out), bench.expectation, {})
+    assert [(cause.code, cause.params["tensor"]) for cause in causes] == [(code, name)]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.checkpoint.directory import CONFIG_FILE, read_json_object
 from tunesmith.checkpoint.embedded import EMBEDDED_NAME, embedded_model
 from tunesmith.checkpoint.hub import hub_model
-from tunesmith.errors import BaseModelError
+from tunesmith.errors import BaseModelError, CheckpointError
 from tunesmith.progress import ProgressCallback, no_progress
 
 # A revision is a branch, a tag or a commit; the client makes a path of it, so that no part of it may be "..".
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", re.ASCII)
+
+_MOST_RELATIVES = 8
+_LOOKED_AT = 256  # of the entries of one folder
+_FORM = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
 
 
 def cache_dir() -> Path:
@@ -72,3 +78,51 @@ def _folder(name_or_path: str, relative_to: Path | None) -> Path | None:
     except (OSError, RuntimeError):  # too long a name, or an unknown user's home: no folder
         pass
     return None
+
+
+def relatives_of(base_dir: Path) -> dict[str, Path]:
+    """Models at hand that a base could have been mistaken for: those beside it that have its form.
+
+    In the hub's cache these are the other revisions of its repository, and the other repositories (a model and its
+    -Instruct); elsewhere, the directories beside it.
+
+    Args:
+        base_dir: the base model's directory.
+
+    Returns:
+        Their directories by name; a few at most.
+    """
+    base_dir = base_dir.resolve()
+    form, found = _form(base_dir), {}
+    for name, folder in _beside(base_dir):
+        if folder != base_dir and form is not None and _form(folder) == form:
+            found[name] = folder
+            if len(found) == _MOST_RELATIVES:
+                break
+    return found
+
+
+def _beside(base_dir: Path) -> Iterator[tuple[str, Path]]:
+    if base_dir.parent.name == "snapshots":
+        own = base_dir.parents[1]
+        for repository in [own, *(folder for folder in _entries(own.parent) if folder != own)]:
+            name = "/".join(repository.name.split("--")[1:])
+            yield from ((f"{name}@{snapshot.name[:12]}", snapshot) for snapshot in _entries(repository / "snapshots"))
+    else:
+        yield from ((folder.name, folder) for folder in _entries(base_dir.parent))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())[:_LOOKED_AT]
+    except OSError:
+        return []
+
+
+def _form(folder: Path) -> list[object] | None:
+    """What tells the shapes of a model's tensors; None where there is no model."""
+    try:
+        config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    except (CheckpointError, OSError):
+        return None
+    return [config.get(key) for key in _FORM] if config else None

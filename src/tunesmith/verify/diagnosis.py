@@ -1,42 +1,40 @@
-"""Why a merged model differs: from the tallies, and by asking "what if" of a few tensors.
+"""Why a merged model differs: from the findings, from the tallies, and by asking "what if" of what is wrong.
 
-An answer to "what if" is taken where it makes nearly all that was outside vanish and makes no more numbers inexact.
-It is asked of the first tiles with something outside in a few of the bad tensors, so its price does not grow with the
-model.  The questions, in order: was nothing added, or nothing put in; was a head that is untied written as one with its
-embedding; is it another checkpoint's update; was a trained magnitude left out, or were trained rows; is it this update
-times a factor; are these the values, or the update, of another tensor; was the update transposed; did all go through
-fp16; is it the update, or twice that, rounded more than once or beyond its neighbours; and, where nothing explains it:
-is it one number, one tensor, the update, or the base?
+What was left out shows in the tallies.  Of the rest, the first tensor that nothing has explained yet is asked what may
+have become of it (:mod:`tunesmith.verify.hypotheses`); the answer is then tried on the others, and takes those that it
+explains; and so on, so that causes that came together are told apart.  A few tensors are asked, and of very many only
+some are tried, so that the price does not grow with the model.  Where nothing explains a tensor: is it one number, one
+tensor, the update, or the base?
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
-from tunesmith.adapter import Copied, LowRank, Magnitude, Rows, Update
-from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint, Float64, as_float64
-from tunesmith.errors import TunesmithError
-from tunesmith.record import Finding, Value
-from tunesmith.verify.expected import Expectation, Expected, Matrix
+from tunesmith.adapter import Copied, Rows, Update
+from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint
+from tunesmith.record import Finding
+from tunesmith.verify.expected import Expectation
+from tunesmith.verify.hypotheses import ASKED_TENSORS, Evidence, Hypothesis, Questions, cause, spread
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import UNIT_ROUNDOFF, with_neighbours
 from tunesmith.verify.structure import embeddings_of, is_copy, is_head, unties
-from tunesmith.verify.weights import FEW_ELEMENTS, Tally, classify, matrix_of, strays, tally_rows
+from tunesmith.verify.weights import FEW_ELEMENTS, strays
 
-_ASKED_TENSORS = 6
-_ASKED_NAMES = 256  # of a mixture of experts' thousands of one shape
-_EXPLAINS = 0.02  # a hypothesis is taken where it leaves at most this share of what was outside
-_SAME_FACTOR = 0.01  # a measured factor this close to a known mistake's is tried as that
-_LOOSE_GAIN, _LOOSE_STEPS, _LOOSE_SHARE = 0.15, 6, 0.999  # of a merge that was rounded in some other way
-_HALF_STEP = 2.0**-24  # the spacing of fp16 below its normal numbers
+_TRIED_TENSORS = 64  # of those that are left, an answer is tried on
+_LIKE_GAIN = 0.15
 
 # What the findings of the other levels mean as a cause; the weights' causes take more asking.
 _CAUSE_OF = {
     "structure_broken": "cause_unreadable",
+    "weights_pickled": "cause_pickled",
+    "weights_gguf": "cause_gguf",
+    "weights_quantized": "cause_quantized",
+    "experts_transposed": "cause_experts_layout",
+    "experts_apart": "cause_experts_layout",
+    "vocabulary_padded": "cause_vocabulary_padded",
+    "vocabulary_short": "cause_vocabulary_short",
+    "tied_head_differs": "cause_head_differs",
+    "adapter_beside_weights": "cause_adapter_beside",
     "tensors_missing": "cause_tensors_missing",
     "tensors_extra": "cause_tensors_extra",
     "tied_head_missing": "cause_tied_head",
@@ -50,52 +48,14 @@ _CAUSE_OF = {
     "chat_template_missing": "cause_chat_template",
     "config_differs": "cause_config",
     "config_unreadable": "cause_config_unreadable",
+    "quantization_declared": "cause_quantization_declared",
     "generation_config_differs": "cause_generation_config",
+    "generation_config_missing": "cause_generation_config",
     "behaviour_far": "cause_behaviour",
+    "behaviour_read_otherwise": "cause_behaviour",
     "behaviour_unloadable": "cause_behaviour",
     "behaviour_prompt_ids_differ": "cause_behaviour",
 }
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Rows of one tensor that hold something outside.
-
-    Attributes:
-        expected: what the tensor should be.
-        stored: what it is.
-        rows: from and up to.
-        tally: how the one stands against the other.
-    """
-
-    expected: Expected
-    stored: Matrix
-    rows: tuple[int, int]
-    tally: Tally
-
-    @property
-    def name(self) -> str:
-        """The tensor."""
-        return self.expected.name
-
-    @property
-    def updates(self) -> tuple[Update, ...]:
-        """What should have been made of it."""
-        return self.expected.updates
-
-    @property
-    def low_rank_only(self) -> bool:
-        """Whether it is the base's own tensor plus low-rank updates, and nothing else."""
-        return bool(self.updates) and all(isinstance(update, LowRank) for update in self.updates)
-
-    def explained_by(self, other: Expected) -> bool:
-        """Whether the rows are those that another expectation has there."""
-        if (other.rows, other.columns) != (self.expected.rows, self.expected.columns):
-            return False
-        try:
-            return _better(tally_rows(self.stored, other, *self.rows), self.tally)
-        except (TunesmithError, ValueError):  # another adapter may have other shapes, or be damaged
-            return False
 
 
 def diagnose_findings(findings: Iterable[Finding]) -> list[Finding]:
@@ -114,7 +74,8 @@ def diagnose_weights(
     tensors: Sequence[TensorVerdict],
     merged: Checkpoint,
     expectation: Expectation,
-    others: Sequence[tuple[str, Expectation]],
+    others: Mapping[str, Expectation],
+    bases: Mapping[str, Expectation] | None = None,
 ) -> list[Finding]:
     """The likeliest causes of weights that are not base + adapter.
 
@@ -123,6 +84,7 @@ def diagnose_weights(
         merged: the merged model.
         expectation: what it should hold.
         others: what it would hold with the run's other adapters, by name.
+        bases: what it would hold on other bases that are at hand, by name.
 
     Returns:
         What was left out first, then what became of the others; empty where nothing is outside.
@@ -130,10 +92,14 @@ def diagnose_weights(
     bad = [tensor for tensor in tensors if tensor.outside]
     touched = [tensor for tensor in tensors if tensor.module is not None]
     of_head = _of_tied_head(bad, merged, expectation)
-    causes = [_cause("cause_tied_head")] if of_head else []
+    causes = [cause("cause_tied_head")] if of_head else []
+    endless = {tensor.name: tensor.not_finite for tensor in bad if tensor.not_finite}
+    if endless:
+        causes.append(_counted("cause_not_finite", endless))
+        bad = [tensor for tensor in bad if tensor.outside > tensor.not_finite]
     bad = [tensor for tensor in bad if tensor.name not in of_head]
     if bad and touched and all(tensor.unchanged == tensor.elements for tensor in touched):
-        causes, bad = [_cause("cause_not_applied"), *causes], [tensor for tensor in bad if tensor.module is None]
+        causes, bad = [cause("cause_not_applied"), *causes], [tensor for tensor in bad if tensor.module is None]
     else:
         absent = [tensor for tensor in bad if tensor.module is not None and tensor.unchanged == tensor.elements]
         rows = [tensor for tensor in absent if _is_of_rows(expectation.updates[tensor.name])]
@@ -144,7 +110,7 @@ def diagnose_weights(
     opaque = [tensor for tensor in bad if merged.info(tensor.name).dtype not in FLOAT_DTYPES]
     bad = [tensor for tensor in bad if tensor not in opaque]
     if bad:
-        causes.append(_Inquiry(merged, expectation, bad).cause(tensors, others))
+        causes += _Inquiry(merged, expectation, Questions(expectation, others, bases or {})).causes(bad, tensors)
     elif opaque:
         causes.append(_few_elements({tensor.name: tensor.outside for tensor in opaque}))
     elif not causes and (few := strays(tensors)):
@@ -155,8 +121,12 @@ def diagnose_weights(
 def _of_tied_head(bad: Sequence[TensorVerdict], merged: Checkpoint, expectation: Expectation) -> set[str]:
     """The bad tensors that are so because a head that the adapters untie was written as one with its embedding."""
     heads = [name for name in expectation.updates if is_head(name)] if unties(expectation.binding) else []
-    names = {tensor.name for tensor in bad}
+    names = {tensor.name: tensor for tensor in bad}
     found = set()
+
+    def evidence(name: str) -> Evidence:
+        return Evidence.of(names[name], merged, expectation)
+
     for head in heads:
         updates = expectation.updates[head]
         bare = [update for update in updates if isinstance(update, Copied)]
@@ -164,14 +134,12 @@ def _of_tied_head(bad: Sequence[TensorVerdict], merged: Checkpoint, expectation:
         for embedding in embeddings_of(expectation.base):
             if head in names and (
                 (embedding in merged.tensors and is_copy(merged, head, embedding))
-                or (bare and _evidence(merged, expectation, head).explained_by(expectation.tensor(head, bare)))
+                or (bare and evidence(head).explained_by(expectation.tensor(head, bare)))
             ):
                 found.add(head)
             # What was meant for the head alone went into the one tensor that both are.
             both = [*expectation.updates.get(embedding, ()), *own]
-            if embedding in names and _evidence(merged, expectation, embedding).explained_by(
-                expectation.tensor(embedding, both)
-            ):
+            if embedding in names and evidence(embedding).explained_by(expectation.tensor(embedding, both)):
                 found.add(embedding)
     return found
 
@@ -181,24 +149,13 @@ def _is_of_rows(updates: Sequence[Update]) -> bool:
 
 
 def _rows_missing(tensors: Sequence[TensorVerdict]) -> Finding:
-    return _cause("cause_rows_missing", tensor=tensors[0].name, count=len(tensors))
-
-
-def _evidence(merged: Checkpoint, expectation: Expectation, name: str) -> Evidence:
-    """The first tile of a bad tensor that holds something outside."""
-    expected = expectation.tensor(name)
-    stored = matrix_of(merged, expected)
-    for rows in expected.tiles():
-        tally = tally_rows(stored, expected, *rows)
-        if tally.outside:
-            break
-    return Evidence(expected, stored, rows, tally)
+    return cause("cause_rows_missing", tensor=tensors[0].name, count=len(tensors))
 
 
 def _left_out(absent: Sequence[TensorVerdict], touched: Sequence[TensorVerdict]) -> Finding:
     names = _by_layer([str(tensor.module) for tensor in absent], [str(tensor.module) for tensor in touched])
     modules = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    return _cause("cause_partly_applied", modules=modules, count=len(absent), total=len(touched))
+    return cause("cause_partly_applied", modules=modules, count=len(absent), total=len(touched))
 
 
 def _by_layer(modules: Sequence[str], every: Sequence[str]) -> list[str]:
@@ -215,213 +172,91 @@ def _by_layer(modules: Sequence[str], every: Sequence[str]) -> list[str]:
 
 
 def _few_elements(counts: dict[str, int]) -> Finding:
-    return _cause("cause_one_element", tensor=max(counts, key=lambda name: counts[name]), count=sum(counts.values()))
+    return _counted("cause_one_element", counts)
+
+
+def _counted(code: str, counts: dict[str, int]) -> Finding:
+    """A cause with the number of its elements, and the tensor that has the most of them."""
+    return cause(code, tensor=max(counts, key=lambda name: counts[name]), count=sum(counts.values()))
 
 
 class _Inquiry:
-    """The questions to the bad tensors of one merged model."""
+    """Cause after cause, until nothing is left or nothing answers."""
 
-    def __init__(self, merged: Checkpoint, expectation: Expectation, bad: Sequence[TensorVerdict]) -> None:
-        self.expectation, self.bad = expectation, bad
-        # Untouched tensors say nothing about the update, so both kinds are heard.
-        kinds = [[t.name for t in bad if (t.module is None) is untouched] for untouched in (False, True)]
-        self.evidence = [_evidence(merged, expectation, name) for names in kinds for name in _spread(names)]
-        self.of_updates = [piece for piece in self.evidence if _has(piece.updates, LowRank)]
+    def __init__(self, merged: Checkpoint, expectation: Expectation, questions: Questions) -> None:
+        self._merged, self._expectation, self._questions = merged, expectation, questions
+        self._pieces: dict[str, Evidence] = {}
 
-    def cause(self, tensors: Sequence[TensorVerdict], others: Sequence[tuple[str, Expectation]]) -> Finding:
-        """The first question that is answered with yes, or what is left when none is."""
-        if self.of_updates:
-            for name, other in others:
-                if all(piece.explained_by(other.tensor(piece.name)) for piece in self.of_updates):
-                    return _cause("cause_other_checkpoint", checkpoint=name)
-        found = self._without(Magnitude, "cause_magnitude_ignored") or self._without(Rows, "cause_rows_missing")
-        if found is None and self.of_updates and (factor := self._factor()) is not None:
-            found = _scaled(factor, _first(self.of_updates[0].updates))
-        return found or self._misplaced() or self._through_half() or self._loose() or self._unexplained(tensors)
+    def causes(self, bad: Sequence[TensorVerdict], tensors: Sequence[TensorVerdict]) -> list[Finding]:
+        """The causes of bad tensors, those of adapted ones first."""
+        left = sorted(bad, key=lambda tensor: tensor.module is None)
+        seeds = self._seeds(left)
+        found = []
+        while seeds:
+            seed, *seeds = seeds
+            hypothesis = self._answer(seed, left)
+            mine = self._explained(hypothesis, seed, left) if hypothesis is not None else []
+            finding = hypothesis.cause(mine) if hypothesis is not None else None
+            if finding is None:
+                continue
+            found.append(finding)
+            left = [tensor for tensor in left if tensor not in mine]
+            seeds = [tensor for tensor in seeds if tensor in left] or self._seeds(left)
+        return [*found, *([self._unexplained(left, tensors)] if left else [])]
 
-    def _without(self, kind: type[Update], code: str) -> Finding | None:
-        """Whether leaving out one kind of update explains all the tensors that have it."""
-        pieces = [piece for piece in self.evidence if _has(piece.updates, kind)]
-        for piece in pieces:
-            rest = [update for update in piece.updates if not isinstance(update, kind)]
-            if not piece.explained_by(self.expectation.tensor(piece.name, rest)):
-                return None
-        if not pieces:
-            return None
-        bad = {tensor.name for tensor in self.bad}
-        count = sum(_has(updates, kind) for name, updates in self.expectation.updates.items() if name in bad)
-        return _cause(code, tensor=pieces[0].name, count=count)
+    def _seeds(self, left: Sequence[TensorVerdict]) -> list[TensorVerdict]:
+        """Those to ask; untouched tensors say nothing about the update, so both kinds are heard."""
+        return [tensor for kind in _kinds(left) for tensor in spread(kind, ASKED_TENSORS)]
 
-    def _unexplained(self, tensors: Sequence[TensorVerdict]) -> Finding:
-        outside = {tensor.name: tensor.outside for tensor in self.bad}
+    def _evidence(self, tensor: TensorVerdict) -> Evidence:
+        if tensor.name not in self._pieces:
+            self._pieces[tensor.name] = Evidence.of(tensor, self._merged, self._expectation)
+        return self._pieces[tensor.name]
+
+    def _answer(self, seed: TensorVerdict, left: Sequence[TensorVerdict]) -> Hypothesis | None:
+        alike, piece = [tensor for tensor in left if _like_gain(tensor, seed)], self._evidence(seed)
+        asked = self._questions.ask(piece, [self._evidence(tensor) for tensor in spread(alike, ASKED_TENSORS)])
+        return next((one for one in asked if one.explains(piece) and one.cause(alike) is not None), None)
+
+    def _explained(
+        self, hypothesis: Hypothesis, seed: TensorVerdict, left: Sequence[TensorVerdict]
+    ) -> list[TensorVerdict]:
+        """All that are left and that the hypothesis explains; of very many, some speak for the others."""
+
+        def fits(tensor: TensorVerdict) -> bool:
+            return tensor is seed or hypothesis.explains(self._evidence(tensor))
+
+        alike = [tensor for tensor in left if _like_gain(tensor, seed)]
+        tried = spread(alike, _TRIED_TENSORS)
+        explained = {tensor.name for tensor in tried if fits(tensor)}
+        if len(explained) == len(tried):
+            explained |= {tensor.name for tensor in alike}
+        others = [tensor for tensor in left if tensor.name not in explained]
+        return [tensor for tensor in left if tensor.name in explained or (tensor in others and fits(tensor))]
+
+    def _unexplained(self, left: Sequence[TensorVerdict], tensors: Sequence[TensorVerdict]) -> Finding:
+        outside = {tensor.name: tensor.outside for tensor in left}
         if sum(outside.values()) <= FEW_ELEMENTS:
             return _few_elements(outside)
         touched = [tensor for tensor in tensors if tensor.module is not None]
-        bad_touched = [tensor for tensor in self.bad if tensor.module is not None]
-        untouched = [tensor for tensor in self.bad if tensor.module is None]
+        bad_touched, untouched = _kinds(left)
         if len(bad_touched) == len(touched) > 1:
             if untouched:
-                return _cause("cause_other_base", count=len(untouched), worst=untouched[0].name)
-            return _cause("cause_other_adapter", count=len(touched))
+                return cause("cause_other_base", count=len(untouched), worst=untouched[0].name)
+            return cause("cause_other_adapter", count=len(touched))
         if not bad_touched and 2 * len(untouched) > len(tensors) - len(touched) and len(untouched) > 1:
-            return _cause("cause_other_base", count=len(untouched), worst=untouched[0].name)
-        worst = max(self.bad, key=lambda tensor: tensor.outside / tensor.elements)
-        return _cause("cause_tensors_outside", count=len(self.bad), total=len(tensors), worst=worst.name)
-
-    def _times(self, piece: Evidence, factor: float) -> Expected:
-        """A tensor with all its low-rank updates so many times as strong."""
-        updates = [
-            update.model_copy(update={"scaling": factor * update.scaling}) if isinstance(update, LowRank) else update
-            for update in piece.updates
-        ]
-        return self.expectation.tensor(piece.name, updates)
-
-    def _factor(self) -> float | None:
-        """A factor on Δ that explains the rows; None where no one factor does."""
-        update = _first(self.of_updates[0].updates)
-        r, scaling = update.r, update.scaling
-        known = [2.0, -1.0, math.sqrt(r), 1 / math.sqrt(r), float(r), 1 / r, scaling, 0.5]
-        known[2:2] = [1 / scaling] if scaling else []
-        linear = [piece for piece in self.of_updates if piece.low_rank_only]
-        measured = _measured_factor(linear) if linear else None
-        if measured is not None:
-            known = [factor for factor in known if math.isclose(factor, measured, rel_tol=_SAME_FACTOR)] + [measured]
-        for factor in known:
-            if all(piece.explained_by(self._times(piece, factor)) for piece in self.of_updates):
-                return factor
-        return None
-
-    def _loose(self) -> Finding | None:
-        """Whether the update is there, or there twice, but rounded more than once, or not to a neighbour."""
-        moved = [(tensor.gain, tensor.delta_norm**2) for tensor in self.bad if tensor.gain is not None]
-        weight = sum(size for _, size in moved)
-        outside = sum(tensor.outside for tensor in self.bad)
-        if not weight or outside <= FEW_ELEMENTS or any(tensor.module is None for tensor in self.bad):
-            return None
-        gain = sum(gain * size for gain, size in moved) / weight
-        for factor, code in ((1.0, "cause_beyond_neighbours"), (2.0, "cause_merged_twice")):
-            if abs(gain - factor) <= _LOOSE_GAIN * factor and all(self._within(p, factor) for p in self.of_updates):
-                return _cause(code, factor=factor, gain=gain, count=outside)
-        return None
-
-    def _within(self, piece: Evidence, factor: float) -> bool:
-        """Whether nearly all of a tile is within some steps of the update times a factor."""
-        values = piece.stored.read(*piece.rows)
-        value, below, above = with_neighbours(values, piece.stored.info.dtype)
-        tile = self._times(piece, factor).tile(*piece.rows)
-        with np.errstate(invalid="ignore", over="ignore"):
-            usual = 2 * UNIT_ROUNDOFF[piece.stored.info.dtype] * np.sqrt(np.mean(np.square(value)))
-            step = np.maximum((above - below) / 2, usual)
-            near = np.abs(value - tile.start - tile.delta) <= _LOOSE_STEPS * step
-        return bool(np.mean(near) >= _LOOSE_SHARE)
-
-    def _misplaced(self) -> Finding | None:
-        """Whether a tensor holds what belongs to another of its shape, or its own update transposed."""
-        for piece in self.evidence:
-            for name in self._alike(piece.name):
-                if piece.explained_by(self.expectation.tensor(name)):
-                    return _cause("cause_misplaced", tensor=piece.name, source=name, count=len(self.bad))
-                if self._holds_update_of(piece, name):
-                    return _cause("cause_other_module", tensor=piece.name, source=name, count=len(self.bad))
-            shape = self.expectation.shape(piece.name)
-            if piece.low_rank_only and len(set(shape[-2:])) == 1 and self._transposed(piece):
-                return _cause("cause_transposed", tensor=piece.name, count=len(self.bad))
-        return None
-
-    def _alike(self, name: str) -> list[str]:
-        """Other tensors of its shape, those whose names differ least first: another layer's, or a sibling."""
-        shape, parts = self.expectation.shape(name), name.split(".")
-        others = [other for other in self.expectation.names if other != name and self.expectation.shape(other) == shape]
-
-        def distance(other: str) -> int:
-            theirs = other.split(".")
-            same = sum(ours == part for ours, part in zip(parts, theirs, strict=False))
-            return max(len(parts), len(theirs)) - same
-
-        return sorted(others, key=distance)[:_ASKED_NAMES]
-
-    def _holds_update_of(self, piece: Evidence, name: str) -> bool:
-        other = self.expectation.updates.get(name, ())
-        if not piece.low_rank_only or not other or not all(isinstance(update, LowRank) for update in other):
-            return False
-        return piece.explained_by(self.expectation.tensor(piece.name, other))
-
-    def _transposed(self, piece: Evidence) -> bool:
-        def turned(update: LowRank) -> tuple[Float64, Float64]:
-            a, b = self.expectation.stack.factors(update)
-            return b.T, a.T
-
-        return piece.explained_by(self.expectation.tensor(piece.name, piece.updates, factors=turned))
-
-    def _through_half(self) -> Finding | None:
-        """Whether what is outside is what fp16 makes of numbers that are too small for it."""
-        for piece in self.evidence:
-            tile = piece.expected.tile(*piece.rows)
-            values = piece.stored.read(*piece.rows)
-            stored, right = as_float64(values, piece.stored.info.dtype), tile.start + tile.delta
-            small = np.abs(right) < _HALF_STEP * 2**9  # above this, fp16 holds all that bf16 does
-            on_grid = bool((stored[small] % _HALF_STEP == 0).all())
-            moved = np.abs(stored - right)[small] <= _HALF_STEP
-            chosen, bound = ~small, np.broadcast_to(tile.bound, small.shape)
-            elsewhere = classify(
-                values[chosen], piece.stored.info.dtype, tile.start[chosen], tile.delta[chosen], bound[chosen]
-            )
-            if not (on_grid and moved.all() and small.any() and not elsewhere.outside):
-                return None
-        return _cause("cause_through_fp16", count=len(self.bad)) if self.evidence else None
+            return cause("cause_other_base", count=len(untouched), worst=untouched[0].name)
+        worst = max(left, key=lambda tensor: tensor.outside / tensor.elements)
+        return cause("cause_tensors_outside", count=len(left), total=len(tensors), worst=worst.name)
 
 
-def _measured_factor(pieces: Sequence[Evidence]) -> float:
-    """The factor that the most elements agree with.
-
-    A stored value says that W + factor·Δ lies between its two neighbours, which is an interval for the factor.  The
-    middle of where most intervals overlap is found by sweeping over their ends.
-    """
-    lows, highs = [], []
-    for piece in pieces:
-        _, below, above = with_neighbours(piece.stored.read(*piece.rows), piece.stored.info.dtype)
-        tile = piece.expected.tile(*piece.rows)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ends = np.stack([(below - tile.start) / tile.delta, (above - tile.start) / tile.delta])
-        usable = np.isfinite(ends).all(axis=0)
-        lows.append(ends.min(axis=0)[usable])
-        highs.append(ends.max(axis=0)[usable])
-    low, high = np.concatenate(lows), np.concatenate(highs)
-    if not low.size:
-        return 0.0
-    ends = np.concatenate([low, high])
-    order = np.argsort(ends, kind="stable")
-    depth = np.cumsum(np.where(order < low.size, 1, -1))
-    deepest = int(depth.argmax())
-    return float(ends[order[deepest : deepest + 2]].mean())
+def _kinds(left: Sequence[TensorVerdict]) -> list[list[TensorVerdict]]:
+    """Tensors that an adapter touches, and those that none does."""
+    return [[tensor for tensor in left if (tensor.module is None) is untouched] for untouched in (False, True)]
 
 
-def _has(updates: Sequence[Update], kind: type[Update]) -> bool:
-    return any(isinstance(update, kind) for update in updates)
-
-
-def _first(updates: Sequence[Update]) -> LowRank:
-    return next(update for update in updates if isinstance(update, LowRank))
-
-
-def _better(asked: Tally, before: Tally) -> bool:
-    return asked.outside <= _EXPLAINS * before.outside and asked.exact >= before.exact
-
-
-def _scaled(factor: float, update: LowRank) -> Finding:
-    if factor == 2:
-        return _cause("cause_merged_twice", factor=factor)
-    if factor == -1:
-        return _cause("cause_sign")
-    root = math.sqrt(update.r)
-    return _cause("cause_rslora" if factor in (root, 1 / root) else "cause_scaled", factor=factor)
-
-
-def _spread(names: Sequence[str]) -> list[str]:
-    """A few names, evenly over all."""
-    step = max(1, math.ceil(len(names) / _ASKED_TENSORS))
-    return list(names[::step])
-
-
-def _cause(code: str, **params: Value) -> Finding:
-    return Finding(code=code, severity="error", params=params)
+def _like_gain(tensor: TensorVerdict, other: TensorVerdict) -> bool:
+    """Whether as much of two tensors' updates is there, as far as can be told from their gains."""
+    if tensor.gain is None or other.gain is None:
+        return tensor.gain is other.gain
+    return abs(tensor.gain - other.gain) <= _LIKE_GAIN * max(abs(tensor.gain), abs(other.gain))
