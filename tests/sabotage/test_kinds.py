@@ -208,12 +208,12 @@ MUTANTS: dict[str, tuple[str, str, Spoil]] = {
     ),
     "new-tokens-cut-off": (
         "resized",
-        "cause_shape",
+        "cause_vocabulary_short",
         lambda _, out: rewrite(out, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:48]})),
     ),
     "vocabulary-padded": (
         "resized",
-        "cause_shape",
+        "cause_vocabulary_padded",
         lambda _, out: rewrite(
             out, lambda tensors: tensors.update({EMBEDDING: torch.cat([tensors[EMBEDDING], torch.zeros(13, 32)])})
         ),

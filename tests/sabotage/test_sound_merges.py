@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
+from tests.oracle.zoo import Zoo
 from tests.sabotage.workshop import (
     Workshop,
     check,
     deltas,
+    flip_bit,
     make_adapter,
     make_base,
     peft_merge,
@@ -24,8 +26,11 @@ from tests.sabotage.workshop import (
     tunesmith_merge,
 )
 from tests.tiny_models import edit_json
-from tunesmith.verify import Verdict
+from tunesmith.runs import open_run
+from tunesmith.verify import Verdict, verify
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -166,3 +171,181 @@ def test_every_checkpoint_merges_into_itself(checkpoint: str, shop: Workshop, tm
     assert (verdict.answer, accusations(verdict)) == ("equal_within_rounding", [])
     nearest = tunesmith_merge(run, shop.base, tmp_path / "nearest", rounding="nearest")
     assert check(run, nearest, shop.base).answer == "identical"
+
+
+def split(out: Path, parts: int, *, indexed: bool = True, metadata: dict[str, str] | None = None) -> None:
+    """Spread the one file over several by name, as other tools cut it; with one part, ``00001-of-00001``."""
+    tensors = load_file(out / WEIGHTS)
+    (out / WEIGHTS).unlink()
+    names = sorted(tensors)
+    files = {f"model-{part + 1:05}-of-{parts:05}.safetensors": names[part::parts] for part in range(parts)}
+    for file, members in files.items():
+        save_file({name: tensors[name] for name in members}, out / file, metadata or {"format": "pt"})
+    if indexed:
+        weight_map = {name: file for file, members in files.items() for name in members}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def saved_again(out: Path) -> None:
+    """The tokenizer's files as a tool writes that loads and saves it."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for file in out.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(out)
+
+
+def by_mergekit(out: Path) -> None:
+    """One shard with an index, the tied head written out, its own recipe beside, the configuration saved anew."""
+    rewrite(out, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
+    split(out, 1)
+    saved_again(out)
+    (out / "mergekit_config.yml").write_text("merge_method: linear\n")
+    (out / "README.md").write_text("---\ntags: [mergekit]\n---\n")
+    AutoConfig.from_pretrained(out).save_pretrained(out)
+    edit_json(out / "config.json", torch_dtype="bfloat16", use_cache=True, transformers_version="4.51.3")
+
+
+def by_mlx_lm(out: Path) -> None:
+    """Metadata of its own, an index beside the single file, keys in another order, no name of the base."""
+    tensors = load_file(out / WEIGHTS)
+    save_file(tensors, out / WEIGHTS, {"format": "mlx"})
+    index = {
+        "metadata": {"total_size": 1, "total_parameters": 1},
+        "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS),
+    }
+    (out / INDEX).write_text(json.dumps(index))
+    saved_again(out)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (out / "config.json").write_text(json.dumps(dict(sorted(config.items())), indent=4))
+
+
+def by_llama_factory(out: Path) -> None:
+    """Its export: shards, a Modelfile for Ollama, left padding, the cache switched on."""
+    split(out, 2)
+    saved_again(out)
+    (out / "Modelfile").write_text("FROM .\n")
+    edit_json(out / "tokenizer_config.json", padding_side="left", split_special_tokens=False)
+    edit_json(out / "config.json", use_cache=True, torch_dtype="bfloat16", transformers_version="4.52.4")
+
+
+def by_unsloth(out: Path) -> None:
+    """Fields of its own, a token to pad with, and the settings of every added token beside the tokenizer."""
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    keys = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+    stated = {str(token["id"]): {key: token[key] for key in keys} for token in tokenizer["added_tokens"]}
+    edit_json(out / "tokenizer_config.json", added_tokens_decoder=stated, padding_side="left", model_max_length=256)
+    edit_json(out / "config.json", unsloth_fixed=True, unsloth_version="2026.2.1", pad_token_id=1, use_cache=False)
+    edit_json(out / "config.json", _name_or_path="unsloth/tiny")
+
+
+def by_ms_swift(out: Path) -> None:
+    """Small shards, its arguments beside, the tokenizer's own ends written over the base's."""
+    split(out, 3)
+    (out / "args.json").write_text("{}")
+    edit_json(out / "config.json", pad_token_id=0, keys_to_ignore_at_inference=["past_key_values"])
+    edit_json(out / "generation_config.json", pad_token_id=0, transformers_version="4.51.0", max_length=20)
+
+
+TOOLS = {tool.__name__[3:]: tool for tool in (by_mergekit, by_mlx_lm, by_llama_factory, by_unsloth, by_ms_swift)}
+
+
+@pytest.mark.parametrize("by", ["tunesmith", "peft"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_directory_that_a_tool_writes_is_sound(tool: str, by: str, shop: Workshop, tmp_path: Path) -> None:
+    """Its own cut, names, notes and spellings change nothing, whoever did the arithmetic."""
+    out = tmp_path / "merged"
+    if by == "peft":
+        peft_merge(shop.run, shop.base, out, dtype=torch.bfloat16)
+    else:
+        shutil.copytree(shop.merged, out)
+    TOOLS[tool](out)
+    verdict = check(shop.run, out, shop.base)
+    assert accusations(verdict) == []
+    warnings = [f.code for level in verdict.levels for f in level.findings if f.severity == "warning"]
+    assert [code for code in warnings if code != "tokenizer_respelled"] == []
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_wrong_number_is_found_in_the_directory_of_every_tool(tool: str, shop: Workshop, tmp_path: Path) -> None:
+    """Its ways hide nothing."""
+    out = shutil.copytree(shop.merged, tmp_path / "merged")
+    flip_bit(out, "model.layers.1.mlp.up_proj.weight", 77, 9)
+    TOOLS[tool](out)
+    assert [cause.code for cause in check(shop.run, out, shop.base).causes] == ["cause_one_element"]
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_names_with_another_prefix_or_none_are_sound(prefix: str, shop: Workshop, tmp_path: Path) -> None:
+    """As bare models, and those of another class, are saved."""
+    out = shutil.copytree(shop.merged, tmp_path / "merged")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(out, rename)
+    assert accusations(check(shop.run, out, shop.base)) == []
+
+
+def test_a_base_that_holds_its_tied_head_may_lose_it(shop: Workshop, tmp_path: Path) -> None:
+    """Some bases hold a copy in their files, which a loader does not write again."""
+    base = Path(shutil.copytree(shop.base, tmp_path / "base"))
+    rewrite(base, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
+    verdict = check(shop.run, shop.merged, base)
+    assert accusations(verdict) == []
+    assert "tied_head_left_out" in [finding.code for finding in verdict.levels[0].findings]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Mixtures of experts."""
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def fuse(out: Path, names: tuple[str, str, str], *, mlx: bool) -> None:
+    """Write a model's experts in stacks, as Transformers holds them in memory, or as mlx-lm does."""
+    gate, up, down = names
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        parents = {name.partition(".experts.")[0] for name in tensors if ".experts." in name}
+        for parent in parents:
+            own = [name for name in tensors if name.startswith(f"{parent}.experts.")]
+            count = 1 + max(int(name.split(".experts.")[1].split(".")[0]) for name in own)
+            parts = {part: [tensors[f"{parent}.experts.{e}.{part}.weight"] for e in range(count)] for part in names}
+            for name in own:
+                del tensors[name]
+            if mlx:
+                for part, kind in zip(names, ("gate_proj", "up_proj", "down_proj"), strict=True):
+                    tensors[f"{parent}.switch_mlp.{kind}.weight"] = torch.stack(parts[part])
+            else:
+                both = [torch.cat(pair) for pair in zip(parts[gate], parts[up], strict=True)]
+                tensors[f"{parent}.experts.gate_up_proj"] = torch.stack(both)
+                tensors[f"{parent}.experts.down_proj"] = torch.stack(parts[down])
+
+    rewrite(out, change)
+
+
+EXPERTS = {"mixtral-both": ("w1", "w3", "w2"), "qwen3-moe-both": ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("mlx", [False, True], ids=["transformers", "mlx-lm"])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_in_stacks_are_proven_like_experts_apart(kind: str, mlx: bool, zoo: Zoo, tmp_path: Path) -> None:
+    """Every number of every expert is compared, and a wrong one is found in its expert."""
+    out = Path(shutil.copytree(zoo.merged(kind), tmp_path / "merged"))
+    before = load_file(out / WEIGHTS)
+    fuse(out, EXPERTS[kind], mlx=mlx)
+    base = zoo.base_of(kind)
+    verdict = verify(open_run(zoo.adapter(kind)), out, base_dir=base, base_model="base", levels=("assets", "weights"))
+    assert (verdict.answer, accusations(verdict)) == ("identical", [])
+    assert {tensor.name: tensor.elements for tensor in verdict.tensors} == {
+        name: tensor.numel() for name, tensor in before.items()
+    }
+    stack = next(name for name, tensor in load_file(out / WEIGHTS).items() if tensor.dim() == 3 and "down" in name)
+    rewrite(out, lambda tensors: tensors[stack][1, 2].__setitem__(3, 9.0))
+    verdict = verify(open_run(zoo.adapter(kind)), out, base_dir=base, base_model="base", levels=("assets", "weights"))
+    wrong = [tensor.name for tensor in verdict.tensors if tensor.outside]
+    assert len(wrong) == 1
+    assert wrong[0].endswith(f".experts.1.{EXPERTS[kind][2]}.weight")

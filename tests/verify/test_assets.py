@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import AutoTokenizer
 
 from tests.tiny_models import SPECIAL, TinyRun, edit_json
 from tunesmith.record import Finding
+from tunesmith.report import finding_text
 from tunesmith.verify.assets import chat_template, check_assets
+from tunesmith.verify.configuration import NOISE
+from tunesmith.verify.template import CONVERSATIONS, chat_templates, render
+from tunesmith.verify.tokenizer import PROBES, loaded_tokenizer
 
 GOOD = {"config_same", "tokenizer_same", "chat_template_same", "generation_config_same"}
 
@@ -50,6 +56,95 @@ def test_a_writers_own_fields_are_no_difference(noise: dict[str, Any], pair: tup
     """They change nothing that the model computes."""
     edit_json(pair[0] / "config.json", **noise)
     assert problems(*pair) == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "written"),
+    [
+        ("writer", {"transformers_version": "4.40.0", "unsloth_fixed": True}),
+        ("dtype", {"torch_dtype": "bfloat16"}),
+        ("speed", {"use_cache": False, "_attn_implementation_autoset": True}),
+        ("outputs", {"output_hidden_states": True}),
+        ("training", {"initializer_range": 0.5, "attention_dropout": 0.1}),
+        ("padding", {"pad_token_id": 2}),
+        ("tokenizer", {"eos_token_id": 2}),
+        ("spelling", {"num_labels": 2}),
+    ],
+)
+def test_what_was_passed_over_is_said_with_the_reason(
+    reason: str, written: dict[str, Any], pair: tuple[Path, Path]
+) -> None:
+    """A reader sees which fields differ all the same, and why that is no difference, in both languages."""
+    for folder in pair:
+        edit_json(folder / "tokenizer_config.json", eos_token=SPECIAL[2])
+    edit_json(pair[0] / "config.json", **written)
+    assert problems(*pair) == {}
+    findings = [f for f in check_assets(*pair, pair[1]) if f.code.startswith("config_noise_")]
+    assert [(f.code, f.severity) for f in findings] == [(f"config_noise_{reason}", "info")]
+    assert findings[0].params["fields"] == ", ".join(sorted(written))
+    assert all(next(iter(written)) in finding_text(findings[0], lang) for lang in ("en", "zh"))
+
+
+def test_every_reason_to_pass_over_a_field_has_a_text() -> None:
+    """The code of the finding is made of the reason's name."""
+    for reason in (*NOISE, "defaults", "spelling", "tokenizer"):
+        finding = Finding(code=f"config_noise_{reason}", severity="info", params={"fields": "x"})
+        assert all(finding_text(finding, lang) for lang in ("en", "zh"))
+
+
+def test_padding_tells_a_classifier_where_the_text_ends(pair: tuple[Path, Path]) -> None:
+    """It reads the last token that is no padding, so there the field is no noise."""
+    for folder in pair:
+        edit_json(folder / "config.json", architectures=["LlamaForSequenceClassification"], pad_token_id=0)
+    edit_json(pair[0] / "config.json", pad_token_id=2)
+    assert problems(*pair)["config_differs"]["field"] == "pad_token_id"
+
+
+def test_an_end_in_the_configuration_that_is_not_the_tokenizers_is_a_difference(pair: tuple[Path, Path]) -> None:
+    """Only the run's own token excuses it."""
+    edit_json(pair[0] / "config.json", eos_token_id=2)
+    assert problems(*pair)["config_differs"]["field"] == "eos_token_id"
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_a_quantization_that_is_only_declared_is_an_error(key: str, tiny: TinyRun, pair: tuple[Path, Path]) -> None:
+    """What a dequantized merge keeps of its base: a loader would quantize the weights, or refuse them."""
+    shutil.copy(tiny.merged / "model.safetensors", pair[0])
+    edit_json(pair[0] / "config.json", **{key: {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    assert problems(*pair)["quantization_declared"] == {"field": key, "method": '"bitsandbytes"'}
+    edit_json(pair[0] / "config.json", **{key: None})
+    assert problems(*pair) == {}
+
+
+def test_a_section_that_the_top_repeats_is_no_difference(pair: tuple[Path, Path]) -> None:
+    """As ms-swift writes it for DeepSpeed; another value than the section's is one."""
+    for folder in pair:
+        edit_json(folder / "config.json", text_config={"vocab_size": 259, "a_width": 64})
+    edit_json(pair[0] / "config.json", a_width=64)
+    assert problems(*pair) == {}
+    edit_json(pair[0] / "config.json", a_width=65)
+    assert problems(*pair)["config_differs"]["field"] == "a_width"
+    for folder, width in zip(pair, (64, 65), strict=True):  # stated on both sides, and once against its own section
+        edit_json(folder / "config.json", a_width=width)
+    assert problems(*pair)["config_differs"]["field"] == "a_width"
+
+
+def test_layer_types_that_a_loader_works_out_are_no_difference(pair: tuple[Path, Path]) -> None:
+    """Transformers 5 writes the list that it derives; another list is another model."""
+    qwen = {"model_type": "qwen2", "use_sliding_window": False, "num_hidden_layers": 2}
+    for folder in pair:
+        edit_json(folder / "config.json", **qwen)
+    edit_json(pair[0] / "config.json", layer_types=["full_attention", "full_attention"])
+    assert problems(*pair) == {}
+    assert "layer_types" in {f.code: f for f in check_assets(*pair, None)}["config_noise_defaults"].params["fields"]
+    edit_json(pair[0] / "config.json", layer_types=["full_attention", "sliding_attention"])
+    assert problems(*pair)["config_differs"]["field"] == "layer_types"
+
+
+def test_a_longer_context_is_no_noise(pair: tuple[Path, Path]) -> None:
+    """Unsloth and others write what they trained with; RoPE of some kinds is computed from it."""
+    edit_json(pair[0] / "config.json", max_position_embeddings=1024)
+    assert problems(*pair)["config_differs"]["field"] == "max_position_embeddings"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +278,112 @@ def test_an_added_token_is_a_difference(pair: tuple[Path, Path]) -> None:
     assert "added_tokens" in problems(*pair)["tokenizer_differs"]["where"]
 
 
+def add_token(folder: Path, **flags: bool) -> None:
+    """A token that stands within a text, with its ways."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<tool>", **{"normalized": False, **flags})])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "special"])
+@pytest.mark.parametrize("place", ["tokenizer.json", "settings"])
+def test_what_an_added_token_does_with_its_surroundings_is_seen(flag: str, place: str, pair: tuple[Path, Path]) -> None:
+    """Spaces that it takes, words that it is found in, texts that leave it out; wherever it is said."""
+    add_token(pair[1])
+    add_token(pair[0], **({flag: True} if place == "tokenizer.json" else {}))
+    if place == "settings":
+        stated = {"content": "<tool>", "normalized": False, flag: True}
+        edit_json(pair[0] / "tokenizer_config.json", added_tokens_decoder={"259": stated})
+    assert problems(*pair)["tokenizer_differs"] == {"where": "added_tokens"}
+
+
+def test_the_settings_beside_it_may_say_what_the_tokenizer_says_anyway(pair: tuple[Path, Path]) -> None:
+    """Transformers 4 wrote every added token twice."""
+    add_token(pair[1], lstrip=True)
+    add_token(pair[0])
+    stated = {"content": "<tool>", "lstrip": True, "normalized": False}
+    edit_json(pair[0] / "tokenizer_config.json", added_tokens_decoder={"259": stated})
+    assert problems(*pair) == {}
+
+
+def test_a_token_that_the_settings_alone_add_is_a_difference(pair: tuple[Path, Path]) -> None:
+    """It would stand for what was several tokens, and be left out of every answer."""
+    edit_json(pair[0] / "tokenizer_config.json", extra_special_tokens=[*SPECIAL[1:], "<tool>"])
+    assert problems(*pair)["tokenizer_differs"] == {"where": "added_tokens"}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"extra_special_tokens": ["<tool>"]},
+        {"extra_special_tokens": ["<new>", SPECIAL[1]]},
+        {"additional_special_tokens": [{"content": "<tool>"}]},
+        {"eos_token": "a"},
+        {"eos_token": {"__type": "AddedToken", "content": "<end>", "normalized": False, "special": True}},
+        {"added_tokens_decoder": {"259": {"content": "<tool>", "lstrip": True, "special": False}}},
+        {"added_tokens_decoder": {"1": {"content": SPECIAL[1], "rstrip": True, "special": True}}},
+        {"added_tokens_decoder": {"260": {"content": "<more>", "special": False}}},
+    ],
+)
+def test_a_tokenizer_is_made_as_transformers_makes_it(stated: dict[str, Any], pair: tuple[Path, Path]) -> None:
+    """The same added tokens with the same ways, whatever the settings beside it say."""
+    add_token(pair[0])
+    for token in stated.get("added_tokens_decoder", {}).values():
+        token.update({"normalized": False, "single_word": False, "rstrip": token.get("rstrip", False)})
+        token.setdefault("lstrip", False)
+    edit_json(pair[0] / "tokenizer_config.json", **stated)
+    theirs = AutoTokenizer.from_pretrained(pair[0]).backend_tokenizer
+    ours = loaded_tokenizer(pair[0])
+    assert added_tokens(ours) == added_tokens(theirs)
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[tuple[Any, ...]]:
+    """Every added token with its ways."""
+    return [
+        (number, token.content, token.lstrip, token.rstrip, token.normalized, token.single_word, token.special)
+        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    ]
+
+
+def test_another_decoder_is_seen_in_the_texts_that_come_back(pair: tuple[Path, Path]) -> None:
+    """The ids are the same; what a person reads is not."""
+    document = tokenizer_document(pair[0])
+    document["decoder"] = {
+        "type": "Sequence",
+        "decoders": [document["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+    }
+    write_tokenizer(pair[0], document)
+    assert problems(*pair)["tokenizer_differs"] == {"where": "decoder"}
+
+
+@pytest.mark.parametrize("within", ["<TOOL>", "a<tool>b", "x <tool> y", "<tool>\n", "中<tool>文", "<tool><tool>"])
+def test_texts_around_every_added_token_are_looked_at(within: str, pair: tuple[Path, Path]) -> None:
+    """What a normalizer does there, and nowhere else, is seen."""
+    for folder in pair:
+        add_token(folder, normalized=True)
+    document = tokenizer_document(pair[0])
+    document["normalizer"] = {"type": "Replace", "pattern": {"String": within}, "content": "!"}
+    write_tokenizer(pair[0], document)
+    assert problems(*pair)["tokenizer_differs"] == {"where": "normalizer"}
+
+
+def test_a_part_that_is_spelled_otherwise_and_does_the_same_is_a_warning(pair: tuple[Path, Path]) -> None:
+    """As after a conversion by another release; the number of texts that say so is told."""
+    document = tokenizer_document(pair[0])
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [document["pre_tokenizer"]]}
+    write_tokenizer(pair[0], document)
+    finding = next(f for f in check_assets(*pair, pair[1]) if f.code == "tokenizer_respelled")
+    assert (finding.severity, finding.params["parts"]) == ("warning", "pre_tokenizer")
+    assert int(str(finding.params["probes"])) > len(PROBES)
+    document["pre_tokenizer"]["pretokenizers"].append({"type": "Digits", "individual_digits": True})
+    write_tokenizer(pair[0], document)
+    assert "tokenizer_respelled" in problems(*pair)  # of single bytes nothing can be split
+    document["pre_tokenizer"]["pretokenizers"][0]["add_prefix_space"] = True
+    write_tokenizer(pair[0], document)
+    assert problems(*pair)["tokenizer_differs"] == {"where": "pre_tokenizer"}
+
+
 def test_a_tokenizer_that_is_not_one_is_a_difference(pair: tuple[Path, Path]) -> None:
     """The library's own words say why."""
     (pair[0] / "tokenizer.json").write_text("[]")
@@ -235,6 +436,105 @@ def test_a_template_that_departs_by_one_character_is_shown_where_it_does(pair: t
     assert problems(*pair)["chat_template_differs"]["position"] == len(text)
 
 
+def test_another_template_is_shown_by_what_it_writes(pair: tuple[Path, Path]) -> None:
+    """The first probe conversation that comes out otherwise, and where; errors are told by their own words."""
+    template = (pair[1] / "chat_template.jinja").read_text()
+    (pair[0] / "chat_template.jinja").write_text(template.replace("{{ m.content }}", "{{ m.content | trim }}"))
+    found = problems(*pair)["chat_template_differs"]
+    written = CONVERSATIONS[int(found["probe"]) // 2]["messages"]
+    assert written[0]["content"] != written[0]["content"].strip()
+    assert (found["place"], found["should_write"], found["writes"]) == (
+        len("<|im_start|>user\n"),
+        json.dumps(written[0]["content"][:30], ensure_ascii=False),
+        json.dumps(f"{written[0]['content'].strip()}<|im_end|>"[:30], ensure_ascii=False),
+    )
+    (pair[0] / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert problems(*pair)["chat_template_differs"]["writes"] == '"TemplateError: no"'
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ("{{ m.content }}", "{{ m['content'] }}"),
+        ("{% for", "{# a comment #}{% for"),
+        ("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"),
+    ],
+    ids=["access", "comment", "generation"],
+)
+def test_a_template_that_writes_the_same_of_every_probe_is_a_warning(
+    spelled: tuple[str, str], pair: tuple[Path, Path]
+) -> None:
+    """Tools reformat templates; nothing that the model reads changes."""
+    template = (pair[1] / "chat_template.jinja").read_text()
+    (pair[0] / "chat_template.jinja").write_text(template.replace(*spelled))
+    finding = next(f for f in check_assets(*pair, pair[1]) if f.code == "chat_template_respelled")
+    assert (finding.severity, finding.params["probes"]) == ("warning", 2 * len(CONVERSATIONS))
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "{% if messages[0].role != 'system' %}You are helpful.{% endif %}",
+        "{% if messages[0].role == 'system' and not messages[0].content %}?{% endif %}",
+        "{% if tools %}{{ tools | tojson }}{% endif %}",
+        "{% if not enable_thinking | default(true) %}<think></think>{% endif %}",
+        "{{ bos_token }}",
+        "{{ strftime_now('%d %B %Y') }}",
+        "{% if add_generation_prompt %} {% endif %}",
+        "{% if messages | length > 3 %} {% endif %}",
+        "{% if messages[-1].role == 'assistant' %} {% endif %}",
+        "{% if messages[0].content is not string %} {% endif %}",
+    ],
+)
+def test_the_probes_reach_what_templates_treat_apart(added: str, pair: tuple[Path, Path]) -> None:
+    """A default system text, an empty one, tools, thinking, special tokens, dates, turns and parts."""
+    for folder in pair:
+        edit_json(folder / "tokenizer_config.json", bos_token=SPECIAL[1])
+    template = (pair[1] / "chat_template.jinja").read_text()
+    (pair[0] / "chat_template.jinja").write_text(template + added)
+    assert "chat_template_differs" in problems(*pair)
+
+
+FEATURES = """
+{%- if tools %}{% for tool in tools %}
+    {{ tool | tojson(indent=2) }}
+{% endfor %}{% endif -%}
+  {% for m in messages %}
+  {% if m.role == "tool" %}{% continue %}{% endif %}
+{% generation %}{{ m.content if m.content is string else m.content[0].text }}{% endgeneration %}
+{%- set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.tool_calls | default([]) | tojson }}
+  {% endfor %}
+{% if messages | length == 2 %}{{ raise_exception("two turns") }}{% endif %}
+{{ "<b>&" | tojson }}{% if add_generation_prompt %}{{ eos_token }}{% endif %}
+"""
+
+
+@pytest.mark.parametrize("probe", CONVERSATIONS)
+def test_templates_may_use_all_that_transformers_gives_them(probe: dict[str, Any]) -> None:
+    """JSON unescaped, loop controls, the mark for training, special tokens, and errors that a template raises."""
+    tokens = {"eos_token": "</s>"}
+    if len(probe["messages"]) == 2:
+        with pytest.raises(TemplateError, match="two turns"):
+            render(FEATURES, **probe, **tokens)
+        return
+    closed, opened = (render(FEATURES, **probe, **tokens, add_generation_prompt=opened) for opened in (False, True))
+    assert '"<b>&"' in closed
+    assert opened == closed + "</s>"
+
+
+def test_named_templates_are_compared_too(pair: tuple[Path, Path]) -> None:
+    """One for tools in a folder of its own; the usual one is told first."""
+    for folder in pair:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0].content }}")
+    assert problems(*pair) == {}
+    named = pair[0] / "additional_chat_templates" / "tool_use.jinja"
+    named.write_text("{{ messages[0].content }}!")
+    assert problems(*pair)["chat_template_differs"]["name"] == "tool_use"
+    named.unlink()
+    assert problems(*pair)["chat_template_missing"] == {"name": "tool_use"}
+
+
 def test_a_missing_template_and_a_template_that_should_not_be_are_differences(pair: tuple[Path, Path]) -> None:
     """Both ways round."""
     (pair[0] / "chat_template.jinja").unlink()
@@ -250,8 +550,12 @@ def test_the_template_is_found_in_every_place_where_a_loader_looks(tmp_path: Pat
     assert chat_template(tmp_path) == "D"
     edit_json(tmp_path / "tokenizer_config.json", chat_template="C")
     assert chat_template(tmp_path) == "C"
+    edit_json(tmp_path / "tokenizer_config.json", chat_template={"default": "N", "tool_use": "T"})
+    assert chat_templates(tmp_path) == {"default": "N", "tool_use": "T"}
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "L"}))
+    assert chat_template(tmp_path) == "L"
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert chat_template(tmp_path) == "J"
+    assert chat_templates(tmp_path) == {"default": "J"}
 
 
 def test_decoding_settings_are_compared_by_meaning(pair: tuple[Path, Path]) -> None:
@@ -264,9 +568,43 @@ def test_decoding_settings_are_compared_by_meaning(pair: tuple[Path, Path]) -> N
     for name, settings in {"end": {"eos_token_id": 2, "temperature": 0.7}, "heat": {"eos_token_id": 0}}.items():
         ours.write_text(json.dumps(settings))
         severities[name] = next(f.severity for f in check_assets(*pair, None) if f.code == "generation_config_differs")
-    ours.unlink()
-    severities["none"] = next(f.severity for f in check_assets(*pair, None) if f.code == "generation_config_differs")
-    assert severities == {"end": "error", "heat": "warning", "none": "warning"}
+    assert severities == {"end": "error", "heat": "warning"}
+
+
+def test_without_decoding_settings_it_is_told_what_a_loader_does(pair: tuple[Path, Path]) -> None:
+    """It ends where the configuration says; where that is no end of the base's at all, answers do not end."""
+    (pair[1] / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, 2], "temperature": 0.7, "top_k": 50})
+    )
+    (pair[0] / "generation_config.json").unlink()
+    finding = next(f for f in check_assets(*pair, None) if f.code == "generation_config_missing")
+    assert finding.severity == "warning"
+    assert dict(finding.params) == {"expected_eos": "[0, 2]", "eos": "[0]", "fields": "temperature"}
+    (pair[1] / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    finding = next(f for f in check_assets(*pair, None) if f.code == "generation_config_missing")
+    assert finding.severity == "error"
+
+
+def test_ends_are_a_set_and_defaults_may_be_written_out(pair: tuple[Path, Path]) -> None:
+    """The order of the ends is nothing; nor is what a loader takes anyway, the writer's version, or padding."""
+    theirs = {"eos_token_id": [0, 2], "do_sample": True, "temperature": 0.7}
+    more = {"eos_token_id": [2, 0], "top_p": 1.0, "num_beams": 1, "transformers_version": "5", "pad_token_id": 1}
+    (pair[1] / "generation_config.json").write_text(json.dumps(theirs))
+    (pair[0] / "generation_config.json").write_text(json.dumps({**theirs, **more}))
+    assert problems(*pair) == {}
+    (pair[0] / "generation_config.json").write_text(json.dumps({**theirs, "min_p": 0.1}))
+    assert problems(*pair)["generation_config_differs"] == {"fields": "min_p"}
+
+
+def test_an_end_that_a_trainer_added_is_a_warning(pair: tuple[Path, Path]) -> None:
+    """Trainers add the tokenizer's own end to the base's; any other one would cut answers short."""
+    severities = []
+    (pair[1] / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    for ends in ([2, 0], [2, 1], [0]):
+        (pair[0] / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        findings = check_assets(*pair, pair[1])
+        severities.append(next(f.severity for f in findings if f.code == "generation_config_differs"))
+    assert severities == ["warning", "error", "error"]
 
 
 def test_the_adapters_own_decoding_settings_go_before_the_bases(pair: tuple[Path, Path], tmp_path: Path) -> None:

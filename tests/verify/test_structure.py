@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import TinyRun, build_base
+from tests.tiny_models import TinyRun, build_base, edit_json
 from tunesmith.adapter import Binding, Copied, Replaced
-from tunesmith.checkpoint import Checkpoint
+from tunesmith.checkpoint import INDEX_FILE, Checkpoint
 from tunesmith.record import Finding
+from tunesmith.report import finding_text
 from tunesmith.verify.structure import check_structure
 
 WEIGHTS = "model.safetensors"
@@ -93,8 +94,8 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_only_mentioned(tiny: TinyRun,
     assert "tensors_extra" not in findings
 
 
-def test_a_head_that_is_no_copy_is_an_extra_tensor(tiny: TinyRun, merged: Path) -> None:
-    """One bit apart is apart."""
+def test_a_head_that_is_no_copy_is_counted_row_by_row(tiny: TinyRun, merged: Path) -> None:
+    """One bit apart is apart: a loader that reads it computes something else than one that ties it."""
 
     def change(tensors: Tensors) -> None:
         head = tensors[EMBEDDING].clone()
@@ -102,7 +103,9 @@ def test_a_head_that_is_no_copy_is_an_extra_tensor(tiny: TinyRun, merged: Path) 
         tensors["lm_head.weight"] = head
 
     rewrite(merged, change)
-    assert seen(merged, tiny.base)["tensors_extra"].params["names"] == "lm_head.weight"
+    finding = seen(merged, tiny.base)["tied_head_differs"]
+    assert finding.severity == "error"
+    assert dict(finding.params) == {"name": "lm_head.weight", "embedding": EMBEDDING, "rows": 1, "total": 259}
 
 
 def test_a_missing_head_of_an_untied_base_is_missing(tmp_path: Path) -> None:
@@ -138,6 +141,206 @@ def test_an_index_that_does_not_fit_its_files_breaks_the_model(wrong: str, tiny:
     assert "\n" not in str(findings[0].params["what"])
 
 
+def split(folder: Path, shards: dict[str, list[str]]) -> None:
+    """Spread the one file over several, by hand."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def halves(folder: Path) -> dict[str, list[str]]:
+    """All names in two shards."""
+    names = sorted(load_file(folder / WEIGHTS))
+    return {"model-00001-of-00002.safetensors": names[:10], "model-00002-of-00002.safetensors": names[10:]}
+
+
+def what(folder: Path, base: Path) -> str:
+    """What is said of a directory that cannot be opened."""
+    opened, findings = check_structure(folder, Checkpoint(base))
+    assert opened is None
+    assert [finding.code for finding in findings] == ["structure_broken"]
+    return str(findings[0].params["what"])
+
+
+def test_a_tensor_in_two_shards_is_named(tiny: TinyRun, merged: Path) -> None:
+    """Which of the two is loaded would be chance."""
+    shards = halves(merged)
+    files = list(shards)
+    index = {name: file for file, names in shards.items() for name in names}
+    twice = shards[files[1]][0]
+    shards[files[0]].append(twice)
+    split(merged, shards)
+    (merged / INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+    assert f"{twice}: {files[0]}, {files[1]}" in what(merged, tiny.base)
+
+
+def test_an_index_that_names_a_shard_without_the_tensor_says_what_both_say(tiny: TinyRun, merged: Path) -> None:
+    """The tensor, what the index says, and what the files say."""
+    split(merged, halves(merged))
+    index = json.loads((merged / INDEX_FILE).read_text())
+    index["weight_map"][NORM] = "model-00001-of-00002.safetensors"
+    (merged / INDEX_FILE).write_text(json.dumps(index))
+    said = what(merged, tiny.base)
+    assert NORM in said
+    assert "model-00001-of-00002.safetensors" in said
+    assert "model-00002-of-00002.safetensors" in said
+
+
+@pytest.mark.parametrize("cut", [-4096, 7], ids=["truncated", "trailing"])
+def test_a_file_of_another_length_is_told_with_both_lengths(cut: int, tiny: TinyRun, merged: Path) -> None:
+    """A copy that was cut off, or something behind the last tensor."""
+    data = (merged / WEIGHTS).read_bytes()
+    (merged / WEIGHTS).write_bytes(data[:cut] if cut < 0 else data + bytes(cut))
+    said = what(merged, tiny.base)
+    assert f"expected {len(data)} bytes" in said
+    assert f"{len(data) + cut} bytes" in said.partition("expected")[2]
+
+
+def test_a_shard_that_no_index_names_and_a_pickle_beside_are_stray(tiny: TinyRun, merged: Path) -> None:
+    """Some loaders take every file; a GGUF beside is another product and no weight file of this model."""
+    split(merged, halves(merged))
+    assert set(seen(merged, tiny.base)) == {"structure_ok"}
+    shutil.copy(merged / "model-00001-of-00002.safetensors", merged / "model-00003-of-00002.safetensors")
+    (merged / "pytorch_model.bin").write_bytes(b"never opened")
+    (merged / "model-q4.gguf").write_bytes(b"GGUF")
+    names = seen(merged, tiny.base)["stray_weights"].params["names"]
+    assert names == "model-00003-of-00002.safetensors, pytorch_model.bin"
+
+
+def test_an_index_beside_the_single_file_is_stray_unless_it_is_that_files(tiny: TinyRun, merged: Path) -> None:
+    """mlx-lm writes one; that of another layout leads loaders apart."""
+    names = list(load_file(merged / WEIGHTS))
+    for file, stray in ((WEIGHTS, False), ("model-00001-of-00002.safetensors", True)):
+        (merged / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+        assert ("stray_weights" in seen(merged, tiny.base)) == stray
+
+
+def test_an_adapter_beside_the_weights_is_an_error(tiny: TinyRun, merged: Path) -> None:
+    """Transformers then loads base and adapter, and never these weights."""
+    shutil.copy(tiny.adapters["final"] / "adapter_config.json", merged)
+    assert seen(merged, tiny.base)["adapter_beside_weights"].severity == "error"
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("pytorch_model.bin", "weights_pickled"),
+        ("pytorch_model-00001-of-00002.bin", "weights_pickled"),
+        ("consolidated.00.pth", "weights_pickled"),
+        ("model.pt", "weights_pickled"),
+        ("model-q4_k_m.gguf", "weights_gguf"),
+    ],
+)
+def test_weights_in_another_format_are_named_and_never_opened(
+    file: str, code: str, tiny: TinyRun, merged: Path
+) -> None:
+    """With what to do about it; opening a named pipe would keep us waiting for ever."""
+    (merged / WEIGHTS).unlink()
+    (merged / file).write_bytes(b"\x80\x04cos\nsystem\n")
+    before = (merged / file).stat().st_atime_ns
+    opened, findings = check_structure(merged, Checkpoint(tiny.base))
+    assert opened is None
+    assert [(finding.code, finding.severity) for finding in findings] == [(code, "error")]
+    assert dict(findings[0].params) == {"names": file, "folder": "merged"}
+    assert (merged / file).stat().st_atime_ns == before
+    says = [finding_text(Finding(code=c, severity="error", params=findings[0].params)) for c in (code, CAUSES[code])]
+    assert all(("save_pretrained('merged-safetensors')" in text) == (code == "weights_pickled") for text in says)
+
+
+def test_what_training_leaves_beside_is_no_model(tiny: TinyRun, merged: Path) -> None:
+    """A folder without weights is just that, whatever pickles of the trainer lie in it."""
+    (merged / WEIGHTS).unlink()
+    (merged / "training_args.bin").write_bytes(b"never opened")
+    (merged / "optimizer.pt").write_bytes(b"never opened")
+    assert set(seen(merged, tiny.base)) == {"structure_broken"}
+
+
+CAUSES = {"weights_pickled": "cause_pickled", "weights_gguf": "cause_gguf"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "method"),
+    [
+        (("weight.absmax", "weight.quant_map"), "bitsandbytes"),
+        (("qweight", "qzeros", "scales"), "GPTQ / AWQ"),
+        (("weight_packed", "weight_scale"), "FP8 / compressed-tensors"),
+        (("weight", "scales", "biases"), "MLX"),
+    ],
+)
+def test_quantized_weights_are_called_so(parts: tuple[str, ...], method: str, tiny: TinyRun, merged: Path) -> None:
+    """By what their parts are called, rather than as tensors that are missing."""
+
+    def quantize(tensors: Tensors) -> None:
+        if "weight" not in parts:
+            tensors.pop(QUERY)
+        for part in parts:
+            tensors[f"{QUERY.removesuffix('weight')}{part}"] = torch.zeros(8, 8, dtype=torch.uint8)
+
+    rewrite(merged, quantize)
+    opened, findings = check_structure(merged, Checkpoint(tiny.base))
+    assert opened is None
+    assert [(finding.code, finding.params["method"]) for finding in findings] == [("weights_quantized", method)]
+
+
+def test_a_padded_vocabulary_is_told_with_its_rows_and_the_others_are_compared(tiny: TinyRun, merged: Path) -> None:
+    """A multiple of 64; what stands in the rows that should be is still the model's."""
+
+    def pad(tensors: Tensors) -> None:
+        tensors[EMBEDDING] = torch.cat([tensors[EMBEDDING], torch.zeros(61, 64)])
+
+    before = load_file(merged / WEIGHTS)[EMBEDDING]
+    rewrite(merged, pad)
+    opened, findings = check_structure(merged, Checkpoint(tiny.base))
+    assert [(finding.code, dict(finding.params)) for finding in findings] == [
+        ("vocabulary_padded", {"name": EMBEDDING, "expected": 259, "found": 320})
+    ]
+    assert opened is not None
+    assert opened.info(EMBEDDING).shape == (259, 64)
+    assert opened.read(EMBEDDING).tobytes() == before.numpy().tobytes()
+
+
+def test_a_short_vocabulary_is_told_with_its_rows(tiny: TinyRun, merged: Path) -> None:
+    """The tokens that were added last have no row; another width is another shape."""
+    rewrite(merged, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:256].clone()}))
+    finding = seen(merged, tiny.base)["vocabulary_short"]
+    assert dict(finding.params) == {"name": EMBEDDING, "expected": 259, "found": 256}
+    rewrite(merged, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:, :32].clone()}))
+    assert "shape_differs" in seen(merged, tiny.base)
+
+
+def test_a_head_declared_untied_must_be_there(tiny: TinyRun, merged: Path) -> None:
+    """A loader would make one up; a base that is untied itself has it among its tensors."""
+    edit_json(merged / "config.json", tie_word_embeddings=False)
+    assert seen(merged, tiny.base)["untied_head_missing"].params["embedding"] == EMBEDDING
+    rewrite(merged, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
+    assert set(seen(merged, tiny.base)) == {"structure_ok", "tied_head_written_out"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_buffer"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), True),
+        ("h.0.attn.bias", (1, 1, 32, 32), True),
+        ("h.0.attn.masked_bias", (), True),
+        ("embeddings.position_ids", (1, 32), True),
+        ("h.0.attn.bias", (64,), False),
+        ("h.0.attn.bias", (2, 1, 32, 32), False),
+        ("model.layers.0.self_attn.q_proj.bias", (64,), False),
+    ],
+)
+def test_what_a_loader_works_out_by_itself_may_be_there_or_not(
+    name: str, shape: tuple[int, ...], is_buffer: bool, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """Old releases saved buffers, new ones drop them; a trained bias is none."""
+    with_it = Path(shutil.copytree(tiny.base, tmp_path / "with"))
+    rewrite(with_it, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    for folder, base, code in ((tiny.base, with_it, "tensors_missing"), (with_it, tiny.base, "tensors_extra")):
+        assert set(seen(folder, base)) == ({"structure_ok", "buffers_apart"} if is_buffer else {code})
+
+
 def bound(folder: Path, base: Path, **binding: Any) -> dict[str, Finding]:
     """The findings by code, against what an adapter makes of the base."""
     return {f.code: f for f in check_structure(folder, Checkpoint(base), Binding(**{"updates": (), **binding}))[1]}
@@ -147,7 +350,7 @@ def test_new_and_dropped_and_resized_tensors_are_as_the_adapter_has_them(tiny: T
     """A score that the base lacks, a norm that is gone, a longer embedding: all of it expected, and nothing else."""
     score = Replaced(name="score.weight", module="score", tensor="x")
     binding = {"updates": (score,), "shapes": {"score.weight": (3, 64), EMBEDDING: (300, 64)}, "dropped": (NORM,)}
-    assert {"tensors_missing", "tensors_extra", "shape_differs"} <= set(bound(merged, tiny.base, **binding))
+    assert {"tensors_missing", "tensors_extra", "vocabulary_short"} <= set(bound(merged, tiny.base, **binding))
 
     def change(tensors: Tensors) -> None:
         tensors.pop(NORM)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.adapter import Binding, Copied
-from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Header, TensorInfo, read_rows
+from tunesmith.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorInfo,
+)
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Value
+from tunesmith.verify.directory import beside, foreign_format, quantized_as, some_of, why_not_opened
+from tunesmith.verify.layout import Respelled, Shapes, with_experts_apart
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = (
@@ -30,41 +37,9 @@ _TOWER_PREFIXES = ("model.language_model.", "language_model.model.", "language_m
 _TOWER_NAMES = (("vision_tower.vision_model.", "vision_tower."),)
 
 
-class Respelled(Checkpoint):
-    """A model whose tensors go by other names than in its files.
-
-    Args:
-        model: the model.
-        names: the other names of some of its tensors, by their own.
-    """
-
-    def __init__(self, model: Checkpoint, names: Mapping[str, str]) -> None:
-        self.path, self.config = model.path, model.config
-        self.shards = {file: _renamed(header, names) for file, header in model.shards.items()}
-        self._files = {name: file for file, header in self.shards.items() for name in header.tensors}
-        self._infos = {name: self.shards[file].tensors[name] for name, file in self._files.items()}
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by its other name."""
-        return self._infos
-
-    def shard_of(self, name: str) -> str:
-        """The file that holds a tensor."""
-        return self._files[name]
-
-    def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies."""
-        return self._infos[name]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Read rows of a tensor as stored."""
-        return read_rows(self.shards[self._files[name]], name, start, stop)
-
-
-def _renamed(header: Header, names: Mapping[str, str]) -> Header:
-    tensors = {names.get(name, name): info for name, info in header.tensors.items()}
-    return replace(header, tensors={name: replace(info, name=name) for name, info in tensors.items()})
+# Buffers that old releases saved with the weights, and that a loader works out by itself.
+_BUFFER = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|embeddings\.position_ids|\.masked_bias)$")
+_MASK = re.compile(r"\.(attn|attention)\.bias$")  # and a bias proper, which is no square of four dimensions
 
 
 def check_structure(
@@ -80,14 +55,27 @@ def check_structure(
         binding: what the adapters make of it: tensors that are new, dropped, or of another shape.
 
     Returns:
-        The opened model (None where it cannot be), and what was seen.
+        The opened model by the base's names (None where it cannot be opened, or holds nothing that could be compared),
+        and what was seen.
     """
+    foreign = foreign_format(merged_dir)
+    if foreign is not None:
+        return None, [foreign]
     try:
         merged = Checkpoint(merged_dir)
     except CheckpointError as error:
-        return None, [Finding(code="structure_broken", severity="error", params={"what": _one_line(error)})]
-    merged, renamed = _spelled_as(merged, base, _expected_names(base, binding))
-    findings = renamed + _names(merged, base, binding) + _forms(merged, base, binding) + _stray(merged)
+        return None, [
+            Finding(code="structure_broken", severity="error", params={"what": why_not_opened(error, merged_dir)})
+        ]
+    method = quantized_as(merged) if quantized_as(base) is None else None
+    if method is not None:
+        return None, [Finding(code="weights_quantized", severity="error", params={"method": method})]
+    expected = _expected_shapes(base, binding)
+    merged, renamed = _spelled_as(merged, base, expected.keys())
+    merged, experts, aside = with_experts_apart(merged, expected)
+    merged, padded = _without_padding(merged, expected)
+    findings = renamed + experts + padded + _names(merged, base, binding, aside=aside) + _forms(merged, base, binding)
+    findings += _ties(merged, base, binding) + beside(merged)
     if not any(finding.severity == "error" for finding in findings):
         params = {
             "tensors": len(merged.tensors),
@@ -97,11 +85,20 @@ def check_structure(
     return merged, findings
 
 
+def _expected_shapes(base: Checkpoint, binding: Binding) -> dict[str, tuple[int, ...] | None]:
+    """Every tensor that there should be, with its shape; None where nothing says that."""
+    sources = {update.name: update.source for update in binding.updates if isinstance(update, Copied)}
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    shapes |= {name: shapes[source] for name, source in sources.items() if source in shapes}
+    shapes |= {name: tuple(shape) for name, shape in binding.shapes.items()}
+    return {name: shapes.get(name) for name in sorted(_expected_names(base, binding))}
+
+
 def _expected_names(base: Checkpoint, binding: Binding) -> set[str]:
     return (base.tensors.keys() - set(binding.dropped)) | binding.by_name.keys() | binding.shapes.keys()
 
 
-def _spelled_as(merged: Checkpoint, base: Checkpoint, expected: set[str]) -> tuple[Checkpoint, list[Finding]]:
+def _spelled_as(merged: Checkpoint, base: Checkpoint, expected: Set[str]) -> tuple[Checkpoint, list[Finding]]:
     """The merged model by the base's names, where its own differ from them in a known prefix and nothing else."""
     towers = isinstance(base.config.get("text_config"), dict)
     ours = merged.tensors.keys()
@@ -109,7 +106,8 @@ def _spelled_as(merged: Checkpoint, base: Checkpoint, expected: set[str]) -> tup
     names = {name: missing[plain] for name in ours - expected if (plain := _plain(name, towers=towers)) in missing}
     if not names or len(set(names.values())) < len(names) or len(missing) < len(expected - ours):
         return merged, []
-    return Respelled(merged, names), [Finding(code="tensors_renamed", severity="info", params={"count": len(names)})]
+    views = {name: [replace(merged.info(name), name=other)] for name, other in names.items()}
+    return Respelled(merged, views), [Finding(code="tensors_renamed", severity="info", params={"count": len(names)})]
 
 
 def _plain(name: str, *, towers: bool) -> str:
@@ -120,20 +118,28 @@ def _plain(name: str, *, towers: bool) -> str:
     return next((name[len(prefix) :] for prefix in prefixes if name.startswith(prefix)), name)
 
 
-def _names(merged: Checkpoint, base: Checkpoint, binding: Binding) -> list[Finding]:
+def _names(merged: Checkpoint, base: Checkpoint, binding: Binding, *, aside: Set[str]) -> list[Finding]:
     findings = []
     expected = _expected_names(base, binding)
-    missing = sorted(expected - merged.tensors.keys())
-    extra = sorted(merged.tensors.keys() - expected)
-    if len(extra) == 1 and is_head(extra[0]) and _is_copy_of_embedding(merged, extra[0]):
-        findings.append(Finding(code="tied_head_written_out", severity="info"))
-        extra = []
+    missing = sorted(expected - merged.tensors.keys() - aside)
+    extra = sorted(merged.tensors.keys() - expected - aside)
+    if len(extra) == 1 and is_head(extra[0]):
+        written_out = _head_beside_embedding(merged, extra[0])
+        if written_out is not None:
+            findings.append(written_out)
+            extra = []
     if len(missing) == 1 and _may_lack_head(missing[0], base, binding):
         findings.append(Finding(code="tied_head_left_out", severity="info"))
         missing = []
+    buffers = [name for name in (*missing, *extra) if _is_buffer(merged if name in extra else base, name)]
+    if buffers:
+        findings.append(
+            Finding(code="buffers_apart", severity="info", params={"count": len(buffers), "names": some_of(buffers)})
+        )
+        missing, extra = ([name for name in names if name not in buffers] for names in (missing, extra))
     left = _left_behind(missing, merged, binding)
     if left:
-        params: dict[str, Value] = {"count": len(left), "names": _some(left)}
+        params: dict[str, Value] = {"count": len(left), "names": some_of(left)}
         findings.append(Finding(code="old_head_left_out", severity="info", params=params))
         missing = [name for name in missing if name not in left]
     heads = [name for name in missing if is_head(name) and unties(binding)]
@@ -142,9 +148,18 @@ def _names(merged: Checkpoint, base: Checkpoint, binding: Binding) -> list[Findi
         findings.append(Finding(code="tied_head_missing", severity="error", params={"name": heads[0]}))
     for code, names in (("tensors_missing", missing), ("tensors_extra", extra)):
         if names:
-            params = {"count": len(names), "names": _some(names)}
+            params = {"count": len(names), "names": some_of(names)}
             findings.append(Finding(code=code, severity="error", params=params))
     return findings
+
+
+def _is_buffer(model: Checkpoint, name: str) -> bool:
+    """Whether a loader works a tensor out by itself, so that files may hold it or not."""
+    if name not in model.tensors:
+        return False
+    shape = model.info(name).shape
+    is_mask = _MASK.search(name) and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return bool(_BUFFER.search(name) or is_mask)
 
 
 def _left_behind(missing: list[str], merged: Checkpoint, binding: Binding) -> list[str]:
@@ -165,6 +180,9 @@ def _forms(merged: Checkpoint, base: Checkpoint, binding: Binding) -> list[Findi
         origin = theirs.get(sources.get(name, name))
         shape = binding.shapes.get(name, origin.shape if origin else ours[name].shape)
         if ours[name].shape != tuple(shape):
+            if (short := _too_few_rows(ours[name], tuple(shape))) is not None:
+                findings.append(short)
+                continue
             findings.append(
                 Finding(
                     code="shape_differs",
@@ -185,6 +203,32 @@ def _forms(merged: Checkpoint, base: Checkpoint, binding: Binding) -> list[Findi
     return findings[:20]
 
 
+def _too_few_rows(info: TensorInfo, shape: tuple[int, ...]) -> Finding | None:
+    """A vocabulary without its last tokens."""
+    if not _is_vocabulary(info.name) or info.shape[1:] != shape[1:] or not info.shape or info.shape[0] >= shape[0]:
+        return None
+    params: dict[str, Value] = {"name": info.name, "expected": shape[0], "found": info.shape[0]}
+    return Finding(code="vocabulary_short", severity="error", params=params)
+
+
+def _without_padding(merged: Checkpoint, expected: Shapes) -> tuple[Checkpoint, list[Finding]]:
+    """A vocabulary with rows too many, seen without them, so that the others are compared all the same."""
+    views, findings = {}, []
+    for name, info in merged.tensors.items():
+        shape = expected.get(name)
+        if not shape or not _is_vocabulary(name) or info.shape[1:] != shape[1:] or info.shape[0] <= shape[0]:
+            continue
+        end = info.begin + info.size_bytes // info.shape[0] * shape[0]
+        views[name] = [replace(info, shape=shape, end=end)]
+        params: dict[str, Value] = {"name": name, "expected": shape[0], "found": info.shape[0]}
+        findings.append(Finding(code="vocabulary_padded", severity="error", params=params))
+    return (Respelled(merged, views) if views else merged), findings
+
+
+def _is_vocabulary(name: str) -> bool:
+    return is_head(name) or name.endswith(_EMBEDDINGS)
+
+
 def _cannot_be_compared(ours: TensorInfo, origin: TensorInfo | None) -> bool:
     """Whether neither arithmetic nor bytes can tell if a tensor is right."""
     same = origin is not None and ours.dtype == origin.dtype
@@ -192,9 +236,21 @@ def _cannot_be_compared(ours: TensorInfo, origin: TensorInfo | None) -> bool:
     return not same and not (plain and ours.dtype in FLOAT_DTYPES)
 
 
-def _stray(merged: Checkpoint) -> list[Finding]:
-    stray = sorted(file.name for file in merged.path.glob("*.safetensors") if file.name not in merged.shards)
-    return [Finding(code="stray_weights", severity="warning", params={"names": _some(stray)})] if stray else []
+def _ties(merged: Checkpoint, base: Checkpoint, binding: Binding) -> list[Finding]:
+    """A head that is declared to be a tensor of its own, and is not there."""
+    if _says_tied(merged) is not False or _says_tied(base) is not True or unties(binding):
+        return []
+    if any(is_head(name) for name in merged.tensors):
+        return []
+    return [Finding(code="untied_head_missing", severity="error", params={"embedding": embeddings_of(merged)[0]})]
+
+
+def _says_tied(model: Checkpoint) -> bool | None:
+    """What a configuration says of the head, in the section that says it; None where it is silent."""
+    for section in (model.config, model.config.get("text_config")):
+        if isinstance(section, dict) and isinstance(section.get(_TIED), bool):
+            return bool(section[_TIED])
+    return None
 
 
 def is_head(name: str) -> bool:
@@ -219,8 +275,22 @@ def _may_lack_head(name: str, base: Checkpoint, binding: Binding) -> bool:
     return is_head(name) and bool(tied) and name not in binding.by_name
 
 
-def _is_copy_of_embedding(merged: Checkpoint, name: str) -> bool:
-    return any(is_copy(merged, name, of) for of in embeddings_of(merged))
+def _head_beside_embedding(merged: Checkpoint, head: str) -> Finding | None:
+    """What a head is that the base does not have: a copy of the embedding, or another matrix of its form."""
+    embeddings = embeddings_of(merged)
+    if any(is_copy(merged, head, of) for of in embeddings):
+        return Finding(code="tied_head_written_out", severity="info")
+    for of in embeddings:
+        pair = merged.info(head), merged.info(of)
+        if pair[0].shape == pair[1].shape and pair[0].dtype == pair[1].dtype:
+            rows = pair[0].shape[0]
+            apart = sum(
+                merged.read(head, row, row + 1).tobytes() != merged.read(of, row, row + 1).tobytes()
+                for row in range(rows)
+            )
+            params: dict[str, Value] = {"name": head, "embedding": of, "rows": apart, "total": rows}
+            return Finding(code="tied_head_differs", severity="error", params=params)
+    return None
 
 
 def is_copy(merged: Checkpoint, name: str, of: str) -> bool:
@@ -232,12 +302,3 @@ def is_copy(merged: Checkpoint, name: str, of: str) -> bool:
         merged.read(name, row, row + 1024).tobytes() == merged.read(of, row, row + 1024).tobytes()
         for row in range(0, rows, 1024)
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-
-
-def _one_line(error: CheckpointError) -> str:
-    parts = [error.what, error.where and Path(error.where).name, error.found]
-    return " · ".join(str(part) for part in parts if part)
