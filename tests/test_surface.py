@@ -19,10 +19,10 @@ from tunesmith.cli.app import app
 NAMES = [
     "AdapterFacts", "Cancellation", "Cancelled", "ChatTurn", "Comparison", "Conversation", "DemoResult", "Finding",
     "Forecast", "Generation", "GenerationSettings", "Health", "Inspection", "MergePlan", "Merged", "Message",
-    "Progress", "Reply", "Report", "Run", "TunesmithError", "VariantSet", "Verdict", "__version__", "compare",
-    "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge", "open_run",
-    "output_file", "plan_merge", "read_conversations", "report", "text", "to_markdown", "train", "verdict_sentence",
-    "verify", "word_diff", "write_comparison",
+    "Progress", "Recheck", "Reply", "Report", "Run", "TunesmithError", "VariantSet", "Verdict", "__version__",
+    "compare", "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge",
+    "open_run", "output_file", "plan_merge", "read_conversations", "recheck", "report", "text", "to_markdown",
+    "train", "verdict_sentence", "verify", "word_diff", "write_comparison",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -41,7 +41,11 @@ CLI_ONLY = {
     ("merge", "out"): "required in both",
     ("merge", "record"): "the library returns the record",
     ("report", "out"): "required in the library; a person may leave it out",
+    ("verify", "merged"): "required in the library; a person may name it by --merged",
+    ("verify", "merged_dir"): "the same by another name",
     ("verify", "out"): "the library returns the record",
+    ("verify", "quiet"): "how the answer is printed",
+    ("verify", "run"): "required in the library; without it, ts.recheck is called",
 }
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.api import load_variants as load_variants
     from tunesmith.api import merge as merge
     from tunesmith.api import output_file as output_file
+    from tunesmith.api import recheck as recheck
     from tunesmith.api import report as report
     from tunesmith.api import train as train
     from tunesmith.api import verdict_sentence as verdict_sentence
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from tunesmith.report import text as text
     from tunesmith.runs import Run as Run
     from tunesmith.runs import open_run as open_run
+    from tunesmith.verify import Recheck as Recheck
     from tunesmith.verify import Verdict as Verdict
 
 __version__ = "0.1.0"
@@ -83,6 +85,7 @@ _HOME = {
     "Merged": "merge",
     "Message": "conversations",
     "Progress": "progress",
+    "Recheck": "verify",
     "Reply": "compare",
     "Report": "api",
     "Run": "runs",
@@ -102,6 +105,7 @@ _HOME = {
     "output_file": "api",
     "plan_merge": "merge",
     "read_conversations": "conversations",
+    "recheck": "api",
     "report": "api",
     "text": "report",
     "to_markdown": "compare",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, LowRank, Stack, describe
 from tunesmith.allocator import give_memory_back
-from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, view_of, weights_sha256, write_error
+from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, sha256_of, view_of, weights_sha256, write_error
 from tunesmith.compare import Comparison, VariantInfo, to_markdown
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
@@ -30,11 +30,22 @@ from tunesmith.models import (
 )
 from tunesmith.models import compute_dtype as measure_compute_dtype
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
-from tunesmith.record import Record
+from tunesmith.record import Finding, Record
 from tunesmith.report import eval_loss_png, finding_text, loss_png, text
 from tunesmith.report import write_report as write_html
 from tunesmith.runs import FINAL, Run, RunCheckpoint, as_run, checkpoint_of, open_run, tokenizer_dir
-from tunesmith.verify import LEVELS, Verdict
+from tunesmith.verify import (
+    LEVELS,
+    CertifiedMerge,
+    Digest,
+    Numerics,
+    Origin,
+    Recheck,
+    Verdict,
+    tool_versions,
+    write_certificate,
+)
+from tunesmith.verify import recheck as recheck_directory
 from tunesmith.verify import verify as verify_merged
 
 StrPath = str | os.PathLike[str]
@@ -312,6 +323,7 @@ def merge(
     plan: MergePlan,
     *,
     executor: Executor | None = None,
+    certificate: bool = True,
     sha256: bool = False,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
@@ -324,7 +336,9 @@ def merge(
     Args:
         plan: what will be done.
         executor: what runs the units of work; None for a pool of threads, one a core.
-        sha256: also hash every file of weights when it is in place.
+        certificate: also write ``tunesmith-certificate.json`` into the new directory: what it was made of and how, with
+            the SHA-256 of every file, and no verdict yet.  Where it cannot be written, a finding says so.
+        sha256: hash the weights that are read and written also without a certificate.
         progress: told of the work's parts.
         cancellation: read between tiles and tokens.
 
@@ -337,9 +351,46 @@ def merge(
             there is nothing to calibrate on.
     """
     with recorded_inputs(plan, progress=progress, cancellation=cancellation) as inputs:
-        return merge_weights(
-            plan, executor=executor, inputs=inputs, sha256=sha256, progress=progress, cancellation=cancellation
+        merged = merge_weights(
+            plan,
+            executor=executor,
+            inputs=inputs,
+            sha256=sha256 or certificate,
+            progress=progress,
+            cancellation=cancellation,
         )
+    if not certificate:
+        return merged
+    finding = _certify_merge(merged)
+    return merged if finding.severity == "ok" else merged.model_copy(update={"findings": (*merged.findings, finding)})
+
+
+def _certify_merge(merged: Merged) -> Finding:
+    """Write the certificate of a merge that nobody has verified yet."""
+    plan, base = merged.plan, Path(merged.plan.base)
+    written = {merged.path / receipt.filename: receipt.sha256 for receipt in merged.receipts if receipt.sha256}
+    read = {base / name: digest for name, digest in merged.base_sha256.items()}
+    rows = Path(plan.calibration) if plan.calibration is not None else None
+    origin = Origin(
+        base_model=plan.base_model,
+        base_dir=base,
+        adapters=tuple((Path(one.run).name, one.checkpoint, Path(one.adapter), one.weight) for one in plan.adapters),
+        view=plan.base_view,
+        is_residual=plan.base_is_residual,
+    )
+    how = CertifiedMerge(
+        dtype=plan.dtype,
+        convert_to=plan.convert_to,
+        rounding=plan.rounding,
+        rounded=plan.rounded,
+        seed=plan.seed,
+        calibration=Digest(sha256=sha256_of(rows)) if rows is not None and rows.is_file() else None,
+        shard_bytes=plan.shard_bytes,
+        kept=Numerics(**merged.kept.model_dump()),
+        nearest=Numerics(**merged.nearest.model_dump()),
+        tools=tool_versions(),
+    )
+    return write_certificate(merged.path, origin, merge=how, hashes=written | read)
 
 
 @contextmanager
@@ -407,6 +458,8 @@ def verify(
     levels: Sequence[str] | None = None,
     prompts: Prompts | None = None,
     dtype: str = "fp32",
+    sample: bool = False,
+    certificate: bool = True,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Verdict:
@@ -426,6 +479,10 @@ def verify(
         prompts: for the behaviour level; None for the run's held-out rows, or a built-in set.
         dtype: of the behaviour level's arithmetic.  The measured dtype of the other verbs is not the default here:
             in bf16 the arithmetic's own noise is larger than the rounding that is looked for.
+        sample: only look at the first, the last and another tile of each tensor.  The answer is then ``different`` or
+            ``not_verified``: what was not looked at may be anything.
+        certificate: write ``tunesmith-certificate.json`` into the merged directory where the answer is identical or
+            equal within rounding, in the place of one that is there.  For any other answer nothing in it is touched.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
 
@@ -463,12 +520,34 @@ def verify(
         adapters=[(checkpoint_of(as_run(other), FINAL).path, share) for other, share in adapters],
         base_is_residual=base_is_residual,
         base_view=view_of(base_view),
+        sample=sample,
+        certificate=certificate,
         levels=levels,
         prompts=rows,
         **({"dtype": compute.dtype, "device": compute.device} if compute else {}),
         progress=progress,
         cancellation=cancellation,
     )
+
+
+def recheck(
+    directory: StrPath, *, progress: ProgressCallback = no_progress, cancellation: Cancellation | None = None
+) -> Recheck:
+    """Say whether a directory is still what its certificate says was verified: by hashes, without base and run.
+
+    Args:
+        directory: a merged model with ``tunesmith-certificate.json``.
+        progress: told of bytes hashed.
+        cancellation: read between chunks.
+
+    Returns:
+        The certificate's verdict where every file is as it was; ``different``, with the files' names, where one has
+        changed, is missing, or came to be read by a loader; ``not_verified`` where the certificate holds no verdict.
+
+    Raises:
+        CheckpointError: the directory is not there, has no certificate or none of ours, or a file cannot be read.
+    """
+    return recheck_directory(Path(directory), progress=progress, cancellation=cancellation)
 
 
 class Report(Record):
@@ -535,7 +614,15 @@ def report(
     if verdict is not None and not isinstance(verdict, Verdict):
         verdict = Verdict.read(verdict)
     if verdict is None and merged is not None:
-        verdict = verify(run, merged, base=base, checkpoint=checkpoint, progress=progress, cancellation=cancellation)
+        verdict = verify(
+            run,
+            merged,
+            base=base,
+            checkpoint=checkpoint,
+            certificate=False,
+            progress=progress,
+            cancellation=cancellation,
+        )
     if comparison is None:
         comparison = compare(run, (BASE, chosen), base=base, dtype=dtype, progress=progress, cancellation=cancellation)
     result = Report(

@@ -185,8 +185,10 @@ def test_receipts_tell_what_was_written(tmp_path: Path, bench: Bench) -> None:
     for receipt in merged.receipts:
         file = merged.path / receipt.filename
         assert (receipt.size_bytes, receipt.sha256) == (file.stat().st_size, sha256_of(file))
+    base = Path(plan.base)
+    assert merged.base_sha256 == {file.name: sha256_of(file) for file in sorted(base.glob("*.safetensors"))}
     unhashed = merged_into(tmp_path / "other", bench, "BF16", "sharded")
-    assert {receipt.sha256 for receipt in unhashed.receipts} == {None}
+    assert ({receipt.sha256 for receipt in unhashed.receipts}, unhashed.base_sha256) == ({None}, {})
     assert Merged.read(merged.write(tmp_path / "merged.json")) == merged
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import pytest
 
 from tests.merge.conftest import Bench
 from tests.merge.test_merge import hashes
-from tunesmith.checkpoint import weights_sha256
+from tunesmith.checkpoint import TrailingHashes, sha256_of, weights_sha256
 from tunesmith.checkpoint.publish import resumable_stage
 from tunesmith.errors import Cancelled, CheckpointError, OutputError
 from tunesmith.merge import Merged, MergePlan, merge, plan_merge, units, write
@@ -343,6 +345,52 @@ def test_a_cancelled_resumption_leaves_nothing(plan: MergePlan, tmp_path: Path) 
     with pytest.raises(Cancelled):
         merge(plan, cancellation=cancellation)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_merge_had_done_is_hashed_too(plan: MergePlan, expected: Merged) -> None:
+    """Behind units that end in any order, from the bytes as they are on the disk."""
+    stop_half_way(plan)
+    merged = merge(plan, sha256=True)
+    assert merged.resumed_bytes > 0
+    assert {receipt.filename: receipt.sha256 for receipt in merged.receipts} == {
+        receipt.filename: sha256_of(expected.path / receipt.filename) for receipt in expected.receipts
+    }
+
+
+def test_units_that_end_out_of_order_are_hashed_in_order(
+    plan: MergePlan, expected: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of every file last: until then the file holds zeros there."""
+    real = write.run_unit
+
+    def late(unit: Unit, *more: Any) -> Any:
+        if unit.begin == 0:
+            time.sleep(0.1)
+        return real(unit, *more)
+
+    monkeypatch.setattr(write, "run_unit", late)
+    merged = merge(plan, sha256=True)
+    assert {receipt.filename: receipt.sha256 for receipt in merged.receipts} == {
+        receipt.filename: sha256_of(expected.path / receipt.filename) for receipt in expected.receipts
+    }
+
+
+def test_a_merge_that_is_cancelled_while_it_hashes_leaves_nothing(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All units are done then, and nothing is in place yet."""
+    cancellation = Cancellation()
+    monkeypatch.setattr(TrailingHashes, "allow", lambda *_: None)  # so that there is no end to it
+    threads = threading.active_count()
+
+    def stop(event: Progress) -> None:
+        if event.detail == "hashing":
+            cancellation.cancel()
+
+    with pytest.raises(Cancelled):
+        merge(plan, sha256=True, progress=stop, cancellation=cancellation)
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
 
 
 def test_a_base_that_changes_while_it_is_read_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -341,8 +341,21 @@ def sha256_of(path: Path) -> str:
 
 def weights_sha256(directory: Path) -> str:
     """One hash for all safetensors files of a directory: the SHA-256 of ``sha256sum``'s own listing of them."""
-    files = [file for file in sorted(directory.glob("*.safetensors")) if file.is_file()]  # no pipe, which would block
-    listing = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+    return listing_sha256({file.name: sha256_of(file) for file in weights_files(directory)})
+
+
+def weights_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, by name."""
+    return [file for file in sorted(directory.glob("*.safetensors")) if file.is_file()]  # no pipe, which would block
+
+
+def listing_sha256(hashes: Mapping[str, str]) -> str:
+    """The SHA-256 of ``sha256sum``'s own listing.
+
+    Args:
+        hashes: of every file, by its name, in the order of the listing.
+    """
+    listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ from tunesmith.cli.options import (
     BaseIsResidualOption,
     BaseOption,
     BaseViewOption,
+    CertificateOption,
     CheckpointOption,
     JsonOption,
     RunArgument,
@@ -74,6 +75,7 @@ def merge(
             help="Also write the merge's record, with the SHA-256 of every file of weights.",
         ),
     ] = None,
+    certificate: CertificateOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into its base: summed in float64, rounded once, whole or not at all.
@@ -104,7 +106,9 @@ def merge(
             force=force,
             progress=progress,
         )
-        merged = None if dry_run else ts.merge(plan, sha256=record is not None, progress=progress)
+        merged = (
+            None if dry_run else ts.merge(plan, certificate=certificate, sha256=record is not None, progress=progress)
+        )
     if merged is not None and record is not None:
         merged.write(record)
     if as_json:

@@ -48,6 +48,14 @@ CheckpointOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="Dtype of the arithmetic: auto (measured), fp32, bf16 or fp16.")
 ]
+CertificateOption = Annotated[
+    bool,
+    typer.Option(
+        "--certificate/--no-certificate",
+        help="Whether to write tunesmith-certificate.json beside the weights: what they are made of, and the SHA-256 "
+        "of every file.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 

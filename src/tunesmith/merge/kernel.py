@@ -186,8 +186,8 @@ def can_settle(rounder: Rounder | None) -> bool:
     return alike and rounder.inside_of_state is not None
 
 
-def _add_products(total: Float64, factors: Float64, rows: Float64, count: int) -> None:
-    """Add Σ factors[i]·rows[i] to a total, over the first so many; eight at once, so that the total is seldom read."""
+def _add_products(total: Array, factors: Array, rows: Array, count: int) -> None:
+    """Add Σ factors[i]·rows[i], over the first so many, to a total; eight at once, so that it is seldom read."""
     whole = count - count % 8
     for i in range(0, whole, 8):
         f0, f1, f2, f3 = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
@@ -212,9 +212,9 @@ def _round_panel(
     u: Float64,
     v: Float64,
     within: Float64,
-    basis: Float64,
+    basis: Array,
     state: Float64,
-    nearest_state: Float64,
+    nearest_state: Array,
     merged: Array,
     sums: Float64,
 ) -> bool:

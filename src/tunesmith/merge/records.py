@@ -214,6 +214,7 @@ class Merged(Record):
     Attributes:
         plan: what was asked.
         receipts: what was written, one a file of weights.
+        base_sha256: hashes of the base's files of weights, hexadecimal, by name; empty where they were not asked for.
         seconds: wall time.
         kept: what rounding kept, over all updated tensors.
         nearest: what rounding to nearest would have kept of them.
@@ -223,6 +224,7 @@ class Merged(Record):
 
     plan: MergePlan
     receipts: tuple[Receipt, ...]
+    base_sha256: dict[str, str] = {}
     seconds: float
     kept: Kept
     nearest: Kept

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from tunesmith.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     Stage,
+    TrailingHashes,
     read_json_object,
     resumable_stage,
     sha256_of,
@@ -65,7 +66,8 @@ def merge(
         plan: what :func:`plan_merge` found.
         executor: what runs the units of work; None for a pool of threads, one a core.
         inputs: for calibrated rounding: the directory of the recorded inputs of the adapted modules.
-        sha256: also hash every file of weights when it is in place.  On two cores that takes about as long as a copy.
+        sha256: also hash the weights, those that are read and those that are written, in two threads behind the
+            units that are complete.
         progress: told of bytes written.
         cancellation: read between tiles, or between units where an executor was given.
 
@@ -94,8 +96,10 @@ def merge(
         try:
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
             resumed = work.resume(ledgers, journal)
-            with threadpool_limits(1), _own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
-                work.run(ledgers, journal, pool=pool, own=own)
+            # Threads of BLAS would fight ours.
+            with threadpool_limits(1), _own_or_given(executor) as (pool, own), _Hashes(ledgers, base, sha256) as hashes:
+                work.run(ledgers, journal, pool=pool, own=own, hashes=hashes)
+                written, read = hashes.result(lambda: work.report.wrote(0, "hashing"))
         except BrokenExecutor as error:
             stage.keep = True
             raise OutputError("A worker of the executor died.", where=stage.root, found=error) from error
@@ -105,14 +109,17 @@ def merge(
             raise CheckpointError("The base model changed while it was read.", where=plan.base)
         _write_small_files(plan, stage.new)
         stage.publish()
-    hashes = _hashes(Path(plan.out), files) if sha256 else [None] * len(files)
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
-    receipts = tuple(_receipt(*one, rounding) for one in zip(files, ledgers, hashes, strict=True))
+    receipts = tuple(
+        _receipt(file, ledger, written.get(file.filename), rounding)
+        for file, ledger in zip(files, ledgers, strict=True)
+    )
     total = sum((sums for ledger in ledgers for sums in ledger.sums.values()), TileSums())
     kept, nearest = kept_of(total)
     return Merged(
         plan=plan,
         receipts=receipts,
+        base_sha256=read,
         seconds=time.monotonic() - started,
         kept=kept,
         nearest=nearest,
@@ -137,6 +144,50 @@ class _Reporter:
             self._progress(Progress("merge", self._done, self._total, "bytes", detail))
         self._cancellation.check()
         self.failed.check()
+
+
+class _Hashes:
+    """SHA-256 of what a merge writes and of what it reads, behind the units that are complete.
+
+    Args:
+        ledgers: the files to be written, each of them there at its full size.
+        base: the base.
+        wanted: whether to hash at all.
+    """
+
+    def __init__(self, ledgers: Sequence[FileLedger], base: Checkpoint, wanted: bool) -> None:
+        files = {ledger.path.name: ledger.path for ledger in ledgers} if wanted else {}
+        self._units = [(ledger, number) for ledger in ledgers for number in range(len(ledger.units))]
+        self._next, self._complete = 0, 0
+        self._written = TrailingHashes(files)
+        self._read = TrailingHashes({shard: base.path / shard for shard in base.shards} if wanted else {})
+        self.advance()  # what an earlier merge has done is there already
+
+    def advance(self) -> None:
+        """Let those units be hashed before which none is undone."""
+        while self._next < len(self._units):
+            ledger, number = self._units[self._next]
+            if number not in ledger.done:
+                break
+            unit = ledger.units[number]
+            self._complete, self._next = self._complete + unit.end - unit.begin, self._next + 1
+        self._written.allow(self._complete)
+        self._read.follow(self._complete / max(1, self._written.total_bytes))
+
+    def result(self, check: Callable[[], None]) -> tuple[dict[str, str], dict[str, str]]:
+        """Wait for the hashes of what was written and of what was read, by file name; empty where not wanted.
+
+        Args:
+            check: called while waiting; what it raises ends the wait.
+        """
+        return self._written.result(check), self._read.result(check)
+
+    def __enter__(self) -> _Hashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._written.close()
+        self._read.close()
 
 
 @dataclass
@@ -195,7 +246,9 @@ class _Work:
         self.report.wrote(0, "checking what is already done")
         return ledger.holds(number, entry)
 
-    def run(self, ledgers: Sequence[FileLedger], journal: Journal, *, pool: Executor, own: bool) -> None:
+    def run(
+        self, ledgers: Sequence[FileLedger], journal: Journal, *, pool: Executor, own: bool, hashes: _Hashes
+    ) -> None:
         """Run every unit that is not done, a bounded number at once."""
         todo = [(ledger, n) for ledger in ledgers for n in range(len(ledger.units)) if n not in ledger.done]
         todo.reverse()
@@ -217,6 +270,7 @@ class _Work:
                         if place is None:
                             continue
                         self._written(*place, receipt, journal, own=own)
+                        hashes.advance()
                         if flushed.done():  # the disk works while the cores do, not after them
                             flushed = flusher.submit(place[0].flush)
                             running[flushed] = None
@@ -232,11 +286,6 @@ class _Work:
             unit = ledger.units[number]
             self.report.wrote(unit.end - unit.begin, ledger.path.name)
         ledger.written(number, receipt, journal)
-
-
-def _hashes(folder: Path, files: Sequence[OutputFile]) -> list[str]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda file: sha256_of(folder / file.filename), files))
 
 
 def _pays_to_compile(plan: MergePlan) -> bool:

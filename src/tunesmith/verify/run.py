@@ -7,18 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, Stack
-from tunesmith.checkpoint import Checkpoint, weights_sha256
+from tunesmith.checkpoint import Checkpoint, TrailingHashes, listing_sha256, relatives_of, weights_files
 from tunesmith.conversations import Conversation, built_in_prompts
-from tunesmith.errors import AdapterError, BaseModelError, TunesmithError
+from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, TunesmithError
 from tunesmith.models import VariantSet
-from tunesmith.progress import Cancellation, ProgressCallback, no_progress
+from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
-from tunesmith.runs import Run, checkpoint_of, tokenizer_dir
+from tunesmith.runs import FINAL, Run, checkpoint_of, tokenizer_dir
 from tunesmith.verify.assets import check_assets
 from tunesmith.verify.behaviour import ADAPTER, MERGED, check_behaviour, tolerated_share
+from tunesmith.verify.certificate import Origin, certified_files, not_written, verdict_of, write_certificate
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
 from tunesmith.verify.expected import Expectation, StartView
 from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
+from tunesmith.verify.reference import Reference
 from tunesmith.verify.structure import check_structure
 from tunesmith.verify.weights import check_weights, strays
 
@@ -39,6 +41,8 @@ class Verification:
         adapters: directories of further adapters that were summed with it, each with its weight.
         base_is_residual: the base is what remained after the adapter's start was subtracted.
         base_view: how the base is to be seen; None for as it is stored.
+        sample: whether the weights level only looks at some rows of each tensor, which proves nothing.
+        certificate: whether a good answer is to be certified, so that the files are hashed while they are read.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
     """
@@ -55,6 +59,8 @@ class Verification:
         adapters: Sequence[tuple[str, float]] = (),
         base_is_residual: bool = False,
         base_view: StartView | None = None,
+        sample: bool = False,
+        certificate: bool = False,
         progress: ProgressCallback,
         cancellation: Cancellation,
     ) -> None:
@@ -72,6 +78,9 @@ class Verification:
         self.tensors: tuple[TensorVerdict, ...] = ()
         self.behaviour: tuple[BehaviourRow, ...] = ()
         self.dtype: str | None = None
+        self.sample, self.certificate = sample, certificate and not sample
+        self.hashes: dict[Path, str] = {}
+        self.stamps = self._stamps() if self.certificate else {}
         self.progress = progress
         self.cancellation = cancellation
 
@@ -106,17 +115,78 @@ class Verification:
         """Level 3."""
         if self.merged is None:
             return [Finding(code="weights_unreadable", severity="error")]
-        self.tensors = check_weights(
-            self.merged, self.expectation, progress=self.progress, cancellation=self.cancellation
-        )
-        return [*self._base_identity(), *_weights_findings(self.tensors)]
+        shards = [self.base.path / shard for shard in self.base.shards] if self.certificate else []
+        known = self.run.base_sha256 is not None and not self.sample
+        base = weights_files(self.base.path) if known else shards
+        ours = [self.merged.path / shard for shard in self.merged.shards] if self.certificate else []
+        check = self.cancellation.check
+        with _trailing(base) as base_hashes, _trailing(ours) as our_hashes:
+
+            def told(event: Progress) -> None:
+                for hashes in (base_hashes, our_hashes):
+                    hashes.follow(event.done / event.total if event.total else 1.0)
+                self.progress(event)
+
+            self.tensors = check_weights(
+                self.merged,
+                self.expectation,
+                sample=self.sample,
+                progress=told,
+                cancellation=self.cancellation,
+            )
+            findings = _weights_findings(self.tensors, sampled_of=self.merged if self.sample else None)
+            proven = _status(findings) == "pass"
+            if base and (proven or known):
+                self.hashes |= {Path(path): digest for path, digest in base_hashes.result(check).items()}
+            if ours and proven:
+                self.hashes |= {Path(path): digest for path, digest in our_hashes.result(check).items()}
+        return [*(self._base_identity() if known else ()), *findings]
 
     def _base_identity(self) -> list[Finding]:
         """Whether the base is, byte for byte, the one that training recorded."""
-        if self.run.base_sha256 is None:
-            return []
-        same = weights_sha256(self.base.path) == self.run.base_sha256
+        listing = {file.name: self.hashes[file] for file in weights_files(self.base.path)}
+        same = listing_sha256(listing) == self.run.base_sha256
         return [Finding(code="base_same" if same else "base_changed", severity="ok" if same else "error")]
+
+    def certify(self, answer: Answer, levels: Sequence[Level]) -> Finding | None:
+        """Write the certificate of a good answer; a directory of any other one is left alone.
+
+        Args:
+            answer: the verdict.
+            levels: every level.
+
+        Returns:
+            Whether it was written; None where it was not to be.
+        """
+        if not self.certificate or answer not in ("identical", "equal_within_rounding"):
+            return None
+        if self._stamps() != self.stamps:
+            return not_written("A file was changed while it was verified.")
+        verdict = verdict_of(answer, levels, self.tensors, behaviour=self.behaviour, dtype=self.dtype)
+        return write_certificate(
+            self.merged_dir, self._origin(), verdict=verdict, hashes=self.hashes, cancellation=self.cancellation
+        )
+
+    def _origin(self) -> Origin:
+        first = (self.run.name, self.chosen.name, Path(self.chosen.path), self.weight)
+        others = tuple((Path(path).name, FINAL, Path(path), weight) for path, weight in self.others)
+        view = self.base_view
+        return Origin(
+            base_model=self.base_model,
+            base_dir=self.base.path,
+            adapters=(first, *others),
+            view=None if view is None else str(getattr(view, "kind", type(view).__name__)),
+            is_residual=self.base_is_residual,
+        )
+
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        """Size and time of change of every file that a certificate would name."""
+        try:
+            files = [path for place in certified_files(self.merged_dir, self._origin()) for path in place.values()]
+            stats = [(path, path.stat()) for path in files]
+        except (CheckpointError, OSError):  # nothing that could be certified
+            return {}
+        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats}
 
     def measure_behaviour(self, prompts: Sequence[Conversation], *, dtype: str, device: str) -> list[Finding]:
         """Level 4."""
@@ -144,12 +214,18 @@ class Verification:
                 variants,
                 prompts or built_in_prompts(),
                 tolerated_share=tolerated_share(self.tensors),
+                reference=self._reference(self.merged),
                 progress=self.progress,
                 cancellation=self.cancellation,
             )
         except TunesmithError as error:
             return [Finding(code="behaviour_unloadable", severity="error", params={"what": error.what})]
         return findings
+
+    def _reference(self, merged: Checkpoint) -> Reference | None:
+        """The recomputed weights; None where not all of them were."""
+        recomputed = bool(self.tensors) and not self.sample
+        return Reference(merged, self.expectation, self.tensors) if recomputed else None
 
     def _not_comparable(self) -> str | None:
         """Why the merge has no live counterpart that answers in text; None where it may have one."""
@@ -168,14 +244,26 @@ class Verification:
         causes = diagnose_findings(finding for level in levels for finding in level.findings)
         if self.merged is not None and self.tensors:
             # Damaged or foreign adapters beside the chosen one explain nothing and are passed over.
-            others = [
-                (other.name, expectation)
+            others = {
+                other.name: expectation
                 for other in self.run.checkpoints
                 if other.name != self.chosen.name and (expectation := self._expect_if_readable(other.path))
-            ]
-            causes = diagnose_weights(self.tensors, self.merged, self.expectation, others) + causes
-        explained = [cause for cause in causes if cause.code != "cause_behaviour"]
-        return list({cause.code: cause for cause in reversed(explained or causes)}.values())[::-1]
+            }
+            of_weights = diagnose_weights(self.tensors, self.merged, self.expectation, others, self._other_bases())
+            named = {cause.code for cause in of_weights}
+            causes = [*of_weights, *(cause for cause in causes if cause.code not in named)]
+        return [cause for cause in causes if cause.code != "cause_behaviour"] or causes
+
+    def _other_bases(self) -> dict[str, Expectation]:
+        """What a merge would hold on another base of this one's form that is at hand."""
+        found = {}
+        for name, folder in relatives_of(self.base.path).items():
+            try:
+                if folder != self.merged_dir.resolve():
+                    found[name] = Expectation(Checkpoint(folder), self.expectation.stack, self.expectation.binding)
+            except TunesmithError:
+                continue
+        return found
 
     def _expect_if_readable(self, adapter: str) -> Expectation | None:
         try:
@@ -195,6 +283,8 @@ def verify(
     adapters: Sequence[tuple[str, float]] = (),
     base_is_residual: bool = False,
     base_view: StartView | None = None,
+    sample: bool = False,
+    certificate: bool = False,
     levels: Sequence[str] = LEVELS,
     prompts: Sequence[Conversation] = (),
     dtype: str = "float32",
@@ -214,6 +304,10 @@ def verify(
         adapters: directories of further adapters that were summed with it, each with its weight.
         base_is_residual: the base is what remained after the adapter's start was subtracted (PiSSA and its like).
         base_view: how the base is to be seen, where the merge started from something else than its files say.
+        sample: whether the weights level only looks at the first, the last and another tile of each tensor.  The answer
+            is then ``different``, or ``not_verified``: what was not looked at may be anything.
+        certificate: whether to write a certificate into the directory, where the answer is identical or equal within
+            rounding; for any other answer the directory is left as it is.
         levels: which levels to look at; without ``weights`` the answer cannot be better than ``not_verified``.
         prompts: for the behaviour level; empty for a built-in set.
         dtype: of the behaviour level's arithmetic; float32 keeps its noise far below bf16's rounding of the weights.
@@ -237,6 +331,8 @@ def verify(
         adapters=adapters,
         base_is_residual=base_is_residual,
         base_view=base_view,
+        sample=sample,
+        certificate=certificate,
         progress=progress,
         cancellation=cancellation or Cancellation(),
     )
@@ -254,7 +350,7 @@ def verify(
         findings = steps[name]() if asked else []
         status = _status(findings) if asked else "skipped"
         done.append(Level(name=name, status=status, findings=tuple(findings), seconds=time.monotonic() - started))
-    answer = _answer(done, work.tensors)
+    answer = _answer(done, work.tensors, sampled=sample)
     return Verdict(
         run=run.name,
         merged=merged_dir.resolve().name,
@@ -266,12 +362,17 @@ def verify(
         tensors=work.tensors,
         behaviour=work.behaviour,
         dtype=work.dtype,
+        certificate=work.certify(answer, done),
     )
 
 
-def _answer(levels: Sequence[Level], tensors: Sequence[TensorVerdict]) -> Answer:
+def _trailing(files: Sequence[Path]) -> TrailingHashes:
+    return TrailingHashes({str(path): path for path in files})
+
+
+def _answer(levels: Sequence[Level], tensors: Sequence[TensorVerdict], *, sampled: bool) -> Answer:
     failed = {level.name for level in levels if level.status == "fail"}
-    proven = any(level.name == "weights" and level.status == "pass" for level in levels)
+    proven = not sampled and any(level.name == "weights" and level.status == "pass" for level in levels)
     if failed:
         return "different"
     if not proven:
@@ -287,7 +388,7 @@ def _status(findings: Sequence[Finding]) -> Status:
     return "fail" if "error" in severities else "warn" if "warning" in severities else "pass"
 
 
-def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
+def _weights_findings(tensors: Sequence[TensorVerdict], *, sampled_of: Checkpoint | None) -> list[Finding]:
     counts = {
         key: sum(getattr(tensor, key) for tensor in tensors)
         for key in ("elements", "exact", "faithful", "twice_rounded", "outside")
@@ -300,6 +401,9 @@ def _weights_findings(tensors: Sequence[TensorVerdict]) -> list[Finding]:
     findings = [
         Finding(code="weights_proven" if good else "weights_outside", severity="ok" if good else "error", params=counts)
     ]
+    if sampled_of is not None and good:
+        total = sum(info.elements for info in sampled_of.tensors.values())
+        findings = [Finding(code="weights_sampled", severity="ok", params={**counts, "total": total})]
     if few:
         strayed: dict[str, Value] = {"count": sum(few.values()), "tensor": max(few, key=lambda name: few[name])}
         findings.append(Finding(code="weights_strays", severity="error", params=strayed))

@@ -1,0 +1,189 @@
+"""SHA-256 of whole files: in a thread behind those who write or read them, or on all cores at once.
+
+hashlib lets go of the interpreter while it works, and what was just written or read still lies in the page cache.  So
+the hashes of a merge cost a core's time, and no second pass over the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from tunesmith.checkpoint.header import open_regular
+from tunesmith.errors import CheckpointError
+
+AHEAD_BYTES = 1 << 30
+
+_CHUNK_BYTES = 1 << 20
+_LOOK_EVERY_S = 0.05
+
+
+class TrailingHashes:
+    """The hashes of some files, one after another, by a thread that stays behind whoever works on them.
+
+    It reads no byte before :meth:`allow` or :meth:`follow` says that it may, and is ended by :meth:`close`, or where
+    the block of a ``with`` is left.
+
+    Args:
+        files: the files by name, in the order in which they are worked on; each has its full size by now.
+
+    Raises:
+        CheckpointError: a file is not there.
+
+    Attributes:
+        total_bytes: the size of all of them.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        try:
+            self._files = [(name, path, path.stat().st_size) for name, path in files.items()]
+        except OSError as error:
+            raise CheckpointError("The file cannot be read.", where=error.filename, found=error.strerror) from error
+        self.total_bytes = sum(size for _, _, size in self._files)
+        self._hashes: dict[str, str] = {}
+        self._error: Exception | None = None
+        self._allowed = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
+        if self._files:
+            self._thread.start()
+
+    def allow(self, count: int) -> None:
+        """Let the first ``count`` bytes of all files together be read; what was allowed stays so."""
+        with self._changed:
+            self._allowed = max(self._allowed, count)
+            self._changed.notify()
+
+    def follow(self, share: float) -> None:
+        """Stay at most ``AHEAD_BYTES`` ahead of a reader.
+
+        Args:
+            share: how much of all bytes the reader has read, from 0 to 1.
+        """
+        self.allow(AHEAD_BYTES + int(share * self.total_bytes))
+
+    def result(self, check: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Wait for the end; all may be read now.
+
+        Args:
+            check: called some times a second; what it raises ends the wait.
+
+        Returns:
+            The SHA-256 of every file, hexadecimal, by name.
+
+        Raises:
+            CheckpointError: a file cannot be read, or became shorter.
+            OSError: the system could not read one.
+        """
+        self.allow(self.total_bytes)
+        while self._thread.is_alive():
+            check()
+            self._thread.join(_LOOK_EVERY_S)
+        if self._error is not None:
+            raise self._error
+        return dict(self._hashes)
+
+    def close(self) -> None:
+        """End the thread, wherever it is."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._files:
+            self._thread.join()
+
+    def __enter__(self) -> TrailingHashes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        begin = 0
+        try:
+            for name, path, size in self._files:
+                digest = self._digest(path, begin, size)
+                if digest is None:
+                    return
+                self._hashes[name] = digest
+                begin += size
+        except Exception as error:  # noqa: BLE001 - raised again where the result is asked for
+            self._error = error
+
+    def _digest(self, path: Path, begin: int, size: int) -> str | None:
+        """The hash of a file that begins at byte ``begin`` of all; None where the work was stopped."""
+        digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), 0
+        # Unbuffered: a buffer would hold bytes from beyond what may be read.
+        with open_regular(path) as file, io.FileIO(file.fileno(), closefd=False) as raw:
+            while done < size:
+                until = self._may_read(begin + done) - begin
+                if until <= done:
+                    return None
+                count = raw.readinto(buffer[: min(_CHUNK_BYTES, until - done, size - done)])
+                if not count:
+                    raise CheckpointError("The file became shorter while it was read.", where=path)
+                digest.update(buffer[:count])
+                done += count
+        return digest.hexdigest()
+
+    def _may_read(self, position: int) -> int:
+        """Wait until more than the first ``position`` bytes may be read; 0 where the work is to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._allowed > position)
+            return 0 if self._stopped else self._allowed
+
+
+def hash_files(files: Mapping[str, Path], *, tick: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+    """Hash files, as many at once as there are cores.
+
+    Args:
+        files: the files by name.
+        tick: told of every few bytes that were hashed, by any of the threads; what it raises ends the work.
+
+    Returns:
+        The SHA-256 of every file, hexadecimal, by name.
+
+    Raises:
+        CheckpointError: a file is not there, is no regular file, or cannot be read.
+    """
+    failed = threading.Event()
+
+    def one(path: Path) -> str:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+        try:
+            with open_regular(path) as file:
+                while not failed.is_set() and (count := file.readinto(buffer)):  # type: ignore[attr-defined]
+                    digest.update(buffer[:count])
+                    tick(count)
+        except BaseException as error:
+            failed.set()
+            if isinstance(error, OSError):
+                raise CheckpointError("The file cannot be read.", where=path, found=error.strerror or error) from error
+            raise
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        largest_first = sorted(files, key=lambda name: -_size(files[name]))
+        running = {name: pool.submit(one, files[name]) for name in largest_first}
+        try:
+            return {name: running[name].result() for name in files}
+        except BaseException:
+            failed.set()
+            for future in running.values():
+                future.cancel()
+            raise
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # said where it is opened
+        return 0
