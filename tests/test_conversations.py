@@ -217,6 +217,14 @@ def test_built_in_prompts_are_questions_with_names_of_their_own() -> None:
     assert {prompt.question.isascii() for prompt in prompts} == {True, False}
 
 
+def test_built_in_prompts_ask_in_english_in_chinese_and_for_code() -> None:
+    """A tuning may have changed one of them alone; the first three are one of each."""
+    asked = [prompt.question for prompt in built_in_prompts()]
+    kinds = ["code" if "Python" in text or "SQL" in text else "en" if text.isascii() else "zh" for text in asked]
+    assert sorted(kinds[:3]) == ["code", "en", "zh"]
+    assert [kinds.count(kind) for kind in ("en", "zh", "code")] == [3, 3, 2]
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 

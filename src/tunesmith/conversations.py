@@ -72,7 +72,7 @@ _BUILT_IN = (
     "Give three tips for a good night's sleep.",
     "把下面的句子翻译成英文：今天天气很好，我们去公园吧。",
     "What is 17 times 23? Show your steps.",
-    "Summarize: The cat sat on the mat and looked at the rain.",
+    "Write an SQL query that finds the best paid employee of every department.",
     "写一首关于秋天的四行小诗。",
 )
 

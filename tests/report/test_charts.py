@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 
 from tunesmith.adapter.records import AdapterFacts
-from tunesmith.report import eval_loss_png, heatmap_spec, loss_png, loss_spec, smooth, to_png, to_svg
+from tunesmith.report import (
+    eval_loss_png,
+    heatmap_spec,
+    loss_png,
+    loss_spec,
+    smooth,
+    to_png,
+    to_svg,
+    weights_map_spec,
+)
 from tunesmith.runs import LogRow, Run
-from tunesmith.verify import Verdict
+from tunesmith.verify import TensorVerdict, Verdict
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -95,6 +105,87 @@ def test_an_adapter_without_base_norms_has_no_heatmap(adapter: AdapterFacts) -> 
     """Without the base there is no proportion to show."""
     modules = tuple(module.model_copy(update={"base_norm": None}) for module in adapter.modules)
     assert heatmap_spec(adapter.model_copy(update={"modules": modules})) is None
+
+
+def fields_of(verdict: Verdict) -> list[dict[str, Any]]:
+    """Every field of the map of the weights, cells and bars; each is drawn once, crosses aside."""
+    spec = weights_map_spec(verdict)
+    assert spec is not None
+    assert spec["resolve"]["scale"]["color"] == "independent"  # blue and red are two scales
+    return [row for layer in spec["layer"] if layer["mark"]["type"] == "rect" for row in layer["data"]["values"]]
+
+
+def tensor(name: str, **counts: int) -> TensorVerdict:
+    """A tensor of a thousand numbers, exact where nothing else is said."""
+    rest = {"faithful": 0, "twice_rounded": 0, "outside": 0, **counts}
+    return TensorVerdict(name=name, module=None, elements=1000, exact=1000 - sum(rest.values()), unchanged=0, **rest)
+
+
+def test_the_map_of_the_weights_has_a_field_for_every_module_and_one_for_a_layers_norms(good_verdict: Verdict) -> None:
+    """Thirty layers by seven modules and norms, also where all is calm: there are no crosses then."""
+    fields = fields_of(good_verdict)
+    assert len(fields) == 30 * 7 + 31
+    assert {field["outside"] for field in fields} == {0.0}
+    assert all(field["other"] == pytest.approx(31 / 331_776) for field in fields if field["module"] == "q_proj")
+    spec = weights_map_spec(good_verdict)
+    assert spec is not None
+    assert "text" not in {layer["mark"]["type"] for layer in spec["layer"]}
+
+
+def test_numbers_that_nothing_explains_are_drawn_in_alarm_and_crossed(bad_verdict: Verdict) -> None:
+    """One number of many is enough."""
+    one = tensor("model.layers.2.mlp.down_proj.weight", outside=1)
+    verdict = bad_verdict.model_copy(update={"tensors": (one, tensor("model.layers.2.mlp.up_proj.weight"))})
+    spec = weights_map_spec(verdict)
+    assert spec is not None
+    calm, alarm, cross = spec["layer"]
+    assert [row["module"] for row in calm["data"]["values"]] == ["up_proj"]
+    assert [(row["row"], row["module"]) for row in alarm["data"]["values"]] == [("2", "down_proj")]
+    assert cross["data"] == alarm["data"]
+    assert (cross["mark"]["type"], cross["mark"]["text"]) == ("text", "×")
+    assert calm["encoding"]["color"]["scale"] != alarm["encoding"]["color"]["scale"]
+
+
+def test_experts_of_a_layer_share_a_field_of_the_map(good_verdict: Verdict) -> None:
+    """Of four experts, one is half wrong and one took neighbours: shares are of all their numbers."""
+    experts = [
+        tensor("model.layers.0.mlp.experts.0.up_proj.weight", outside=500),
+        tensor("model.layers.0.mlp.experts.1.up_proj.weight", faithful=200, twice_rounded=40),
+        tensor("model.layers.0.mlp.experts.2.up_proj.weight"),
+        tensor("model.layers.0.mlp.experts.3.up_proj.weight"),
+        tensor("model.layers.0.mlp.shared_expert.up_proj.weight"),
+    ]
+    fields = fields_of(good_verdict.model_copy(update={"tensors": tuple(experts)}))
+    assert sorted((field["module"], field["outside"], field["other"]) for field in fields) == [
+        ("experts.up_proj", 0.125, 0.06),
+        ("shared_expert.up_proj", 0.0, 0.0),
+    ]
+
+
+def test_what_lies_outside_of_the_layers_is_a_bar_embeddings_first_and_the_head_last(good_verdict: Verdict) -> None:
+    """In the order in which the model computes, whatever the order of the file."""
+    names = ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")
+    verdict = good_verdict.model_copy(update={"tensors": tuple(tensor(name) for name in names)})
+    spec = weights_map_spec(verdict)
+    assert spec is not None
+    assert spec["layer"][0]["encoding"]["y"]["scale"]["domain"] == ["embed_tokens", "0", "norm", "lm_head"]
+
+
+def test_a_verdict_without_the_weights_has_no_map(good_verdict: Verdict) -> None:
+    """Nothing is drawn rather than an empty frame."""
+    assert weights_map_spec(good_verdict.model_copy(update={"tensors": ()})) is None
+
+
+@pytest.mark.parametrize("layers", [1, 80])
+def test_a_map_stays_drawable_for_models_of_any_depth(layers: int, good_verdict: Verdict) -> None:
+    """Eighty layers take lower rows and fewer labels."""
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
+    spec = weights_map_spec(good_verdict.model_copy(update={"tensors": tuple(tensor(name) for name in names)}))
+    assert spec is not None
+    root = ElementTree.fromstring(to_svg(spec))  # noqa: S314 - our own drawing
+    assert float(root.attrib["height"]) < 1000
+    labels = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {str(layer) for layer in range(0, layers, 5)} <= labels
 
 
 def test_pictures_are_png(run: Run) -> None:

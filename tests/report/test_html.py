@@ -15,9 +15,9 @@ import pytest
 from tunesmith.conversations import Conversation, Message
 from tunesmith.record import Finding
 from tunesmith.report import render_report, text, write_report
-from tunesmith.report.escaping import visible
+from tunesmith.report.escaping import prose, visible
 from tunesmith.runs import RunFile
-from tunesmith.verify import Verdict
+from tunesmith.verify import BehaviourRow, Divergence, Verdict
 
 from .conftest import Parts
 
@@ -56,6 +56,21 @@ def shape_of(document: str) -> Shape:
     return shape
 
 
+def parted(row: BehaviourRow, *, tie: bool, choice: str = " sweet") -> BehaviourRow:
+    """A row whose texts part at the seventh token."""
+    divergence = Divergence(
+        adapter_choice=choice,
+        merged_choice="\n",
+        adapter_probabilities=(0.412, 0.409),
+        merged_probabilities=(0.401, 0.423),
+        margin=0.0073,
+        noise=0.065 if tie else 0.0065,
+        tie=tie,
+    )
+    changes = {"same_text": False, "first_difference": 6, "divergence": divergence, "rounding_kl": 6.1e-4}
+    return row.model_copy(update=changes)
+
+
 def hostile(parts: Parts) -> Parts:
     """The same report, with the hostile text wherever somebody else chooses the text."""
     run, comparison, merged, verdict = parts["run"], parts["comparison"], parts["merged"], parts["verdict"]
@@ -72,7 +87,7 @@ def hostile(parts: Parts) -> Parts:
     )
     replies = tuple(reply.model_copy(update={"text": HOSTILE + reply.variant}) for reply in comparison.replies[:2])
     rows = tuple(
-        row.model_copy(update={"question": HOSTILE, "adapter_text": HOSTILE, "same_text": False})
+        parted(row, tie=False, choice=HOSTILE).model_copy(update={"question": HOSTILE, "adapter_text": HOSTILE})
         for row in verdict.behaviour
     )
     bad_file = RunFile(path=f"{HOSTILE}/{HOSTILE}", size_bytes=1, kind="unknown", needed_for="unknown")
@@ -211,6 +226,35 @@ def test_differing_words_are_marked_on_their_own_side(parts: Parts) -> None:
     document = render_report(**parts)
     assert "<del>You should</del> remove the links" in document
     assert "<ins>Do now:</ins> remove the links" in document
+
+
+def test_a_tie_and_a_flip_are_told_apart_with_both_candidates(parts: Parts) -> None:
+    """Flips first, as a remark; a tie is good.  Both show what either model gives to the two tokens."""
+    verdict = parts["verdict"]
+    assert verdict is not None
+    rows = (parted(verdict.behaviour[0], tie=True), parted(verdict.behaviour[1], tie=False), *verdict.behaviour[2:])
+    document = render_report(**{**parts, "verdict": verdict.model_copy(update={"behaviour": rows})})
+    table = document.split('<table class="behaviour">')[1].split("</table>")[0].split("<tr")[2:]
+    assert table[0].startswith(' class="differs"')
+    assert text("verify.text_differs", place=7) in table[0]
+    assert table[1].startswith(">")
+    assert text("verify.text_tie", place=7) in table[1]
+    for shown in ("41.2%", "40.9%", "40.1%", "42.3%", ">⏎</code>", text("verify.rounding_kl"), "6.1×10⁻⁴"):
+        assert shown in document, shown
+    for lang in ("en", "zh"):
+        for kind, noise in (("tie", 0.065), ("flip", 0.0065)):
+            assert prose(text(f"verify.divergence.{kind}", lang, margin=0.0073, noise=noise)) in document
+
+
+def test_the_map_of_the_weights_is_shown_whether_all_is_well_or_not(parts: Parts, bad_verdict: Verdict) -> None:
+    """In both languages; crosses only where something is wrong."""
+    for verdict, crossed in ((parts["verdict"], False), (bad_verdict, True)):
+        document = render_report(**{**parts, "verdict": verdict})
+        drawings = document.split('<figure class="chart card map">')[1].split("</figure>")[0]
+        assert drawings.count("<svg") == 2
+        assert (">×</text>" in drawings) == crossed
+    without = bad_verdict.model_copy(update={"tensors": ()})
+    assert "card map" not in render_report(**{**parts, "verdict": without})
 
 
 def test_a_cut_reply_is_marked_and_its_remedy_named(parts: Parts) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,12 +30,17 @@ _TRAIN_RAW = "#8fa9d0"
 _QUIET = "#8b949e"
 _HELD_OUT = "#d0812c"
 _FIELD = ("#dce7f7", "#2456a8")
+_ALARM = ("#e2685e", "#a31a12")
+_CALM = ("rgba(76,127,217,0.15)", "rgba(52,104,200,1)")  # lets the page through, light or dark
+_MOST_OTHER = 0.5  # no way of rounding takes the further neighbour more often than the nearer
+_LAYERS_AT_EASE = 40  # up to so many, a row is high enough for its label
 _HATCH = "M-1,0.2L-0.2,1M-1,-0.6L0.6,1M-0.6,-1L1,0.6M0.2,-1L1,-0.2"
 _HATCH_STYLE = {"size": 150, "strokeWidth": 1, "color": _INK, "opacity": 0.3}
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _FIRST_NUMBER = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
 _ID = re.compile(r'\bid="([^"]+)"')
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_PARAMETER = re.compile(r"\.(?:weight|bias)$")
 _FURTHER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -135,6 +141,134 @@ def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | Non
             ],
         }
     )
+
+
+@dataclass
+class _Field:
+    """Numbers of the tensors that share one place of the map."""
+
+    elements: int = 0
+    other: int = 0
+    outside: int = 0
+
+
+def weights_map_spec(verdict: Verdict, lang: str = "en") -> Spec | None:
+    """The model as a map, a row a layer and a column a kind of module: where every number is what it should be.
+
+    Blue is the share of numbers that are the exact value's other neighbour or were rounded twice; red, with a cross,
+    the share that no rounding explains.  What lies outside of the layers is a bar across: embeddings above them, the
+    last norm and the head below.  Experts share a field, and so do a layer's norms.
+
+    Args:
+        verdict: a verdict with its tensors.
+        lang: language of its labels.
+
+    Returns:
+        A Vega-Lite specification, or None where no tensor was looked at.
+    """
+    norms = text("chart.weights.norms", lang)
+    fields, bars = _map_fields(verdict, norms)
+    if not fields and not bars:
+        return None
+    layers = sorted({layer for layer, _ in fields})
+    modules = sorted(
+        {module for _, module in fields},
+        key=lambda name: (name == norms, "expert" in name, "shared" in name, _reading_order(name)),
+    )
+    short = _short_names(modules)
+    above = [name for name in bars if "emb" in name or name in ("wte", "wpe")]
+    below = sorted((name for name in bars if name not in above), key=lambda name: ("norm" not in name, name))
+    rows = [*above, *map(str, layers), *below]
+    every = 1 if len(layers) <= _LAYERS_AT_EASE else 5
+    shown = [row for row in rows if not row.isdecimal() or int(row) % every == 0]
+    plain = {"domain": False, "ticks": False, "title": None, "grid": False}
+    columns = {**plain, "orient": "top", "labelAngle": -45, "labelAlign": "left"}
+    x = {"field": "module", "type": "ordinal", "scale": {"domain": list(short.values()) or [""]}, "axis": columns}
+    y_axis = {**plain, "values": shown, "labelOverlap": False, "labelPadding": 6}
+    y = {"field": "row", "type": "ordinal", "scale": {"domain": rows}, "axis": y_axis}
+    cells = [
+        {"row": str(layer), "module": short[module], **_shares(field)} for (layer, module), field in fields.items()
+    ]
+    lines = [{"row": name, **_shares(field)} for name, field in bars.items()]
+    across = {"x": {"value": 0}, "x2": {"value": "width"}, "y": y}
+    spec = _chart(
+        {
+            "width": 34 * max(6, len(modules)),
+            "height": (15 if every == 1 else 10) * len(rows),
+            "layer": [*_map_layers(cells, {"x": x, "y": y}, lang), *_map_layers(lines, across, None)],
+            "resolve": {"scale": {"color": "independent"}, "legend": {"color": "independent"}},
+        }
+    )
+    spec["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical", "anchor": "start", "margin": 10}}
+    return spec
+
+
+def _map_layers(values: list[Spec], place: Spec, lang: str | None) -> list[Spec]:
+    """Blue fields, and red ones with a cross; with legends where a language is given."""
+    mark = {"type": "rect", "cornerRadius": 1.5, "height": {"band": 0.88}}
+    mark |= {"width": {"band": 0.92}} if lang else {}
+    common = {"orient": "bottom", "direction": "horizontal", "gradientLength": 220, "gradientThickness": 10}
+    common |= {"titleLimit": 0, "titlePadding": 6, "offset": 14}
+    calm_scale = {"domain": [0, _MOST_OTHER], "range": list(_CALM), "clamp": True}
+    alarm_scale = {"type": "log", "domain": [1e-6, 1], "range": list(_ALARM), "clamp": True}
+    legends: list[Spec | None] = [None, None]
+    if lang:
+        legends = [
+            {
+                **common,
+                "title": text("chart.weights.other", lang),
+                "format": "%",
+                "values": [0, 0.1, 0.2, 0.3, 0.4, 0.5],
+            },
+            {**common, "title": text("chart.weights.outside", lang), "values": [1e-6, 1e-4, 1e-2, 1], "format": "~%"},
+        ]
+    drawn = []
+    for name, scale, legend in (("other", calm_scale, legends[0]), ("outside", alarm_scale, legends[1])):
+        chosen = [value for value in values if bool(value["outside"]) == (name == "outside")]
+        if not chosen:
+            continue
+        color = {"field": name, "type": "quantitative", "scale": scale, "legend": legend}
+        drawn.append({"data": {"values": chosen}, "mark": mark, "encoding": {**place, "color": color}})
+        if name == "outside":
+            cross = {"type": "text", "text": "×", "color": "#ffffff", "fontWeight": "bold", "fontSize": 11}
+            middle = (
+                {"x": place["x"], "y": place["y"]} if lang else {"x": {"value": {"expr": "width / 2"}}, "y": place["y"]}
+            )
+            drawn.append({"data": {"values": chosen}, "mark": cross, "encoding": middle})
+    return drawn
+
+
+def _map_fields(verdict: Verdict, norms: str) -> tuple[dict[tuple[int, str], _Field], dict[str, _Field]]:
+    """The fields by layer and module, and those outside of the layers by name."""
+    fields: dict[tuple[int, str], _Field] = {}
+    bars: dict[str, _Field] = {}
+    for tensor in verdict.tensors:
+        name = _PARAMETER.sub("", tensor.name)
+        place = _place(name)
+        if place is None:
+            field = bars.setdefault(visible(name.rsplit(".", 1)[-1]), _Field())
+        else:
+            layer, module = place
+            field = fields.setdefault((layer, norms if "norm" in module else module), _Field())
+        field.elements += tensor.elements
+        field.other += tensor.faithful + tensor.twice_rounded
+        field.outside += tensor.outside
+    return fields, bars
+
+
+def _shares(field: _Field) -> Spec:
+    elements = field.elements or 1
+    return {"other": field.other / elements, "outside": field.outside / elements}
+
+
+def _short_names(modules: Sequence[str]) -> dict[str, str]:
+    """Names for the columns: the last part of a module's, and more where two would be the same (experts)."""
+    last = {module: module.rsplit(".", 1)[-1] for module in modules}
+    taken = list(last.values())
+    return {
+        module: short if taken.count(short) == 1 else module.replace(".*", "").partition(".")[2] or module
+        for module, short in last.items()
+    }
 
 
 def to_svg(spec: Mapping[str, Any]) -> str:

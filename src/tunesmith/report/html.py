@@ -77,6 +77,7 @@ def render_report(
         "levels": view.levels(verdict) if verdict else (),
         "tensors": view.tensors_view(verdict) if verdict else None,
         "behaviour": view.behaviour_rows(verdict) if verdict else [],
+        "weights_maps": _drawn(charts.weights_map_spec, verdict),
         "loss_charts": _drawn(charts.loss_spec, run),
         "heatmaps": _drawn(charts.heatmap_spec, verdict) or _drawn(charts.heatmap_spec, adapter),
         "heatmap_shows_error": bool(verdict and charts.heatmap_spec(verdict)),

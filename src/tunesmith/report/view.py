@@ -445,8 +445,8 @@ def _badness(tensor: TensorVerdict) -> tuple[float, float, str]:
 
 
 def behaviour_rows(verdict: Verdict) -> list[BehaviourRow]:
-    """Prompts, those that differ first."""
-    return sorted(verdict.behaviour, key=lambda row: (row.same_text, row.top1_agreement, -row.mean_kl))
+    """Prompts: those whose texts differ first, and of them those that part at no tie."""
+    return sorted(verdict.behaviour, key=lambda row: (row.same_text, row.tie, row.top1_agreement, -row.mean_kl))
 
 
 def differing_texts(rows: Iterable[BehaviourRow]) -> list[tuple[BehaviourRow, Pieces, Pieces]]:
