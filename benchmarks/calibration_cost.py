@@ -18,7 +18,7 @@ from pathlib import Path
 import synthetic
 from merge_cost import Cost, measure
 
-from tunesmith.checkpoint import locate_base
+from tunesmith.checkpoint import Checkpoint, locate_base
 
 LAYERS = 28
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -37,6 +37,12 @@ def merged(run: Path, base: str, out: Path, rounding: str) -> Cost:
 def row(name: str, cost: Cost) -> None:
     """Print one row."""
     print(f"{name:<34}{cost.wall_s:>9.1f}{cost.cpu_s:>9.1f}{cost.peak_mb:>10.0f}", flush=True)
+
+
+def layer_mb(base: Path) -> float:
+    """What the weights of one layer take in float32."""
+    tensors = Checkpoint(base).tensors.items()
+    return 4 * sum(info.elements for name, info in tensors if ".layers.0." in name) / 1e6
 
 
 def main() -> None:
@@ -61,10 +67,11 @@ def main() -> None:
         costs.append(merged(adapter, str(base), options.work / "out", "calibrated"))
         row(f"1.5b, {layers} layers, calibrated", costs[-1])
     one, three = costs
-    layer = Cost((three.wall_s - one.wall_s) / 2, (three.cpu_s - one.cpu_s) / 2, (three.peak_mb - one.peak_mb) / 2)
+    # The peak of a few layers is the embedding's; of all of them, it is the live model's, in float32.
+    layer = Cost((three.wall_s - one.wall_s) / 2, (three.cpu_s - one.cpu_s) / 2, layer_mb(options.work / "base-1.5b-3"))
     row("1.5b, a layer more", layer)
-    every = [getattr(one, name) + (LAYERS - 1) * getattr(layer, name) for name in ("wall_s", "cpu_s", "peak_mb")]
-    row(f"1.5b, {LAYERS} layers, extrapolated", Cost(*every))
+    every = [getattr(one, name) + (LAYERS - 1) * getattr(layer, name) for name in ("wall_s", "cpu_s")]
+    row(f"1.5b, {LAYERS} layers, extrapolated", Cost(*every, three.peak_mb + (LAYERS - 3) * layer.peak_mb))
 
 
 if __name__ == "__main__":
