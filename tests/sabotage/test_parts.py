@@ -12,9 +12,9 @@ from tests.sabotage.workshop import Workshop
 from tunesmith.adapter import Stack
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.progress import Cancellation, no_progress
-from tunesmith.verify import expected, weights
-from tunesmith.verify.expected import Expectation
-from tunesmith.verify.weights import check_weights
+from tunesmith.verify.weights import check, expected
+from tunesmith.verify.weights.check import check_weights
+from tunesmith.verify.weights.expected import Expectation
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "faithful"])
@@ -36,8 +36,8 @@ def test_a_merge_is_judged_alike_compiled_in_parts_and_in_processes(
     pickle.loads(pickle.dumps(expectation))  # noqa: S301 - our own, just made: this is how a process gets it
     with ProcessPoolExecutor(2) as pool:
         assert verdicts(executor=pool) == plain
-    monkeypatch.setattr(weights, "_PAYS_TO_COMPILE", 0)
-    monkeypatch.setattr(weights, "_PART_ELEMENTS", 1000)
+    monkeypatch.setattr(check, "_PAYS_TO_COMPILE", 0)
+    monkeypatch.setattr(check, "_PART_ELEMENTS", 1000)
     for ours, theirs in zip(verdicts(), plain, strict=True):
         assert {k: v for k, v in ours.items() if not isinstance(v, float)} == {
             k: v for k, v in theirs.items() if not isinstance(v, float)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Rows, Stack, Update
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.progress import Cancellation, no_progress
-from tunesmith.verify.expected import Expectation
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.weights import check_weights
+from tunesmith.verify.weights.check import check_weights
+from tunesmith.verify.weights.expected import Expectation
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from tests.tiny_models import SPECIAL, TinyRun, edit_json
 from tunesmith.record import Finding
 from tunesmith.report import finding_text
-from tunesmith.verify.assets import chat_template, check_assets
-from tunesmith.verify.configuration import NOISE
-from tunesmith.verify.template import CONVERSATIONS, chat_templates, render
-from tunesmith.verify.tokenizer import PROBES, loaded_tokenizer
+from tunesmith.verify.assets.check import chat_template, check_assets
+from tunesmith.verify.assets.configuration import NOISE
+from tunesmith.verify.assets.template import CONVERSATIONS, chat_templates, render
+from tunesmith.verify.assets.tokenizer import PROBES, loaded_tokenizer
 
 GOOD = {"config_same", "tokenizer_same", "chat_template_same", "generation_config_same"}
 

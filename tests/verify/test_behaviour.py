@@ -14,7 +14,7 @@ from tunesmith.conversations import encode_prompt
 from tunesmith.models import Generation, GenerationSettings, VariantSet, generate, token_logits
 from tunesmith.progress import Cancellation, Cancelled, no_progress
 from tunesmith.record import Finding
-from tunesmith.verify.behaviour import (
+from tunesmith.verify.behaviour.check import (
     ADAPTER,
     MAX_NEW_TOKENS,
     MAX_PROMPTS,

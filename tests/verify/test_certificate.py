@@ -24,7 +24,7 @@ from tunesmith.errors import Cancelled, CheckpointError
 from tunesmith.progress import Cancellation
 from tunesmith.record import Finding
 from tunesmith.verify import CERTIFICATE_FILE, Certificate, Level, read_certificate, tool_versions
-from tunesmith.verify.certificate import a_loader_reads, name_and_revision, verdict_of, without_paths
+from tunesmith.verify.certificate.write import a_loader_reads, name_and_revision, verdict_of, without_paths
 from tunesmith.verify.run import Verification
 
 WEIGHTS = "model.safetensors"
@@ -195,15 +195,15 @@ def test_hashes_are_worked_out_once(shop: Workshop, mine: Path, monkeypatch: pyt
         read.append(path.name)
         return opening(path, *args, **options)
 
-    from tunesmith.verify import certificate
+    from tunesmith.verify.certificate import write
 
-    real = certificate.hash_files
+    real = write.hash_files
 
     def small(files: dict[str, Path], **options: Any) -> dict[str, str]:
         read.extend(path.name for path in files.values())
         return real(files, **options)
 
-    monkeypatch.setattr(certificate, "hash_files", small)
+    monkeypatch.setattr(write, "hash_files", small)
     monkeypatch.setattr(Path, "open", told)
     prove(shop, mine)
     assert "config.json" in read
@@ -290,12 +290,12 @@ def test_a_merge_warns_where_its_certificate_cannot_be_written(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The directory is whole all the same."""
-    from tunesmith.verify import certificate
+    from tunesmith.verify.certificate import write
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(certificate, "_write", full)
+    monkeypatch.setattr(write, "_write", full)
     merged = ts.merge(ts.plan_merge(shop.run, tmp_path / "out", base=str(shop.base)))
     assert [finding.params["reason"] for finding in merged.findings if finding.code == "certificate_not_written"] == [
         "No space left on device"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tunesmith.checkpoint import Array, Float64, as_float64
-from tunesmith.verify.expected import low_rank_rows
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import to_dtype, with_neighbours
-from tunesmith.verify.weights import Tally, classify, strays
+from tunesmith.verify.weights.check import Tally, classify, strays
+from tunesmith.verify.weights.expected import low_rank_rows
+from tunesmith.verify.weights.rounding import to_dtype, with_neighbours
 
 DTYPES = ("BF16", "F16", "F32")
 PATTERN = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}

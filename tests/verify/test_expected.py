@@ -15,8 +15,8 @@ from tests.verify.making import EMBEDDING, EXPERTS, KINDS, LINEAR, TURNED, Bench
 from tunesmith.adapter import Binding, LowRank, Magnitude, Stack
 from tunesmith.checkpoint import Checkpoint, Float64
 from tunesmith.errors import UnsupportedAdapterError
-from tunesmith.verify import expected as room
-from tunesmith.verify.expected import Expectation, Tile
+from tunesmith.verify.weights import expected as room
+from tunesmith.verify.weights.expected import Expectation, Tile
 
 DIGITS = 60
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tunesmith.checkpoint import as_float64
-from tunesmith.verify.kernel import tally_bf16
-from tunesmith.verify.weights import Tally, classify
+from tunesmith.verify.weights.check import Tally, classify
+from tunesmith.verify.weights.kernel import tally_bf16
 
 pytest.importorskip("numba")
 

@@ -30,7 +30,7 @@ from tests.verify.making import (
 )
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.report import finding_text
-from tunesmith.verify.diagnosis import diagnose_weights
+from tunesmith.verify.diagnosis.causes import diagnose_weights
 
 PATTERNS = {"bf16": torch.int16, "fp16": torch.int16}
 

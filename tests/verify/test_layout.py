@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.record import Finding
-from tunesmith.verify.structure import check_structure
+from tunesmith.verify.structure.check import check_structure
 
 EXPERTS, INNER, OUTER = 3, 5, 8
 PARENT = "model.layers.{}.mlp.experts"

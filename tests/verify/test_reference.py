@@ -23,10 +23,10 @@ from tunesmith.progress import Cancellation, no_progress
 from tunesmith.record import Finding
 from tunesmith.runs import open_run
 from tunesmith.verify import LEVELS, verify
-from tunesmith.verify.expected import Expectation
-from tunesmith.verify.reference import Reference
-from tunesmith.verify.structure import check_structure
-from tunesmith.verify.weights import check_weights
+from tunesmith.verify.behaviour.reference import Reference
+from tunesmith.verify.structure.check import check_structure
+from tunesmith.verify.weights.check import check_weights
+from tunesmith.verify.weights.expected import Expectation
 
 BF16 = torch.bfloat16
 

@@ -17,7 +17,7 @@ from tunesmith.adapter import Binding, Copied, Replaced
 from tunesmith.checkpoint import INDEX_FILE, Checkpoint
 from tunesmith.record import Finding
 from tunesmith.report import finding_text
-from tunesmith.verify.structure import check_structure
+from tunesmith.verify.structure.check import check_structure
 
 WEIGHTS = "model.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj.weight"

@@ -15,14 +15,12 @@ from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_prog
 from tunesmith.record import Finding, Value
 from tunesmith.runs import FINAL, Run, checkpoint_of, tokenizer_dir
 from tunesmith.verify.assets import check_assets
-from tunesmith.verify.behaviour import ADAPTER, MERGED, check_behaviour, tolerated_share
+from tunesmith.verify.behaviour import ADAPTER, MERGED, Reference, check_behaviour, tolerated_share
 from tunesmith.verify.certificate import Origin, certified_files, not_written, verdict_of, write_certificate
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
-from tunesmith.verify.expected import Expectation, StartView
 from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
-from tunesmith.verify.reference import Reference
 from tunesmith.verify.structure import check_structure
-from tunesmith.verify.weights import check_weights, strays
+from tunesmith.verify.weights import Expectation, StartView, check_weights, strays
 
 _NOT_MEASURED = "behaviour_not_measured"
 LEVELS: tuple[LevelName, ...] = ("structure", "assets", "weights", "behaviour")

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint, Float64
-from tunesmith.verify.expected import Expectation, Expected, Matrix
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import to_dtype, with_neighbours
-from tunesmith.verify.weights import matrix_of
+from tunesmith.verify.weights import Expectation, Expected, Matrix, matrix_of, to_dtype, with_neighbours
 
 if TYPE_CHECKING:
     import torch

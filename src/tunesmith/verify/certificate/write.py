@@ -1,8 +1,9 @@
 """A certificate beside the weights: of what they were made, how, and what was proved of them.
 
-It is an in-toto Statement, so that the signers of others can sign it as it is; :mod:`tunesmith.verify.statement` says
-what it holds.  Its subjects are the files of the directory.  It names no time, no absolute path, no user and no
-machine: the same files, proved again by the same tools on the same machine, give the same bytes.
+It is an in-toto Statement, so that the signers of others can sign it as it is;
+:mod:`tunesmith.verify.certificate.statement` says what it holds.  Its subjects are the files of the directory.  It
+names no time, no absolute path, no user and no machine: the same files, proved again by the same tools on the same
+machine, give the same bytes.
 
 A certificate that nobody has signed says what was verified to those who trust where they have it from.
 """
@@ -23,8 +24,7 @@ from tunesmith.checkpoint import Checkpoint, hash_files
 from tunesmith.errors import CheckpointError
 from tunesmith.progress import Cancellation
 from tunesmith.record import Finding, Value
-from tunesmith.verify.records import Answer, BehaviourRow, Level, TensorVerdict
-from tunesmith.verify.statement import (
+from tunesmith.verify.certificate.statement import (
     CERTIFICATE_FILE,
     Certificate,
     CertifiedAdapter,
@@ -38,6 +38,7 @@ from tunesmith.verify.statement import (
     hashed_file,
     read_certificate,
 )
+from tunesmith.verify.records import Answer, BehaviourRow, Level, TensorVerdict
 
 _TOOLS = ("tunesmith", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
 

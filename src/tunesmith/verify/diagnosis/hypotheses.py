@@ -19,10 +19,19 @@ from tunesmith.adapter import LowRank, Magnitude, Rows, Update
 from tunesmith.checkpoint import BaseView, Checkpoint, Float64, ViewKind, as_float64
 from tunesmith.errors import TunesmithError
 from tunesmith.record import Finding, Value
-from tunesmith.verify.expected import Expectation, Expected, Matrix
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import UNIT_ROUNDOFF, with_neighbours
-from tunesmith.verify.weights import FEW_ELEMENTS, Tally, classify, matrix_of, tally_rows
+from tunesmith.verify.weights import (
+    FEW_ELEMENTS,
+    UNIT_ROUNDOFF,
+    Expectation,
+    Expected,
+    Matrix,
+    Tally,
+    classify,
+    matrix_of,
+    tally_rows,
+    with_neighbours,
+)
 
 ASKED_TENSORS = 6
 _ASKED_NAMES = 256  # of a mixture of experts' thousands of one shape

@@ -11,9 +11,9 @@ from tunesmith.checkpoint import hash_files
 from tunesmith.errors import CheckpointError
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Part, Record
-from tunesmith.verify.certificate import a_loader_reads, visible_files
+from tunesmith.verify.certificate.statement import CERTIFICATE_FILE, Certificate, CertifiedAdapter, read_certificate
+from tunesmith.verify.certificate.write import a_loader_reads, visible_files
 from tunesmith.verify.records import Answer, LevelName, Status
-from tunesmith.verify.statement import CERTIFICATE_FILE, Certificate, CertifiedAdapter, read_certificate
 
 
 class RecheckedAdapter(Part):

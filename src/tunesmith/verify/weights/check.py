@@ -1,7 +1,7 @@
 """Level 3: every element of every tensor, recomputed in float64 by arithmetic of its own.
 
-For a stored value v and the exact value x of :mod:`tunesmith.verify.expected`, with v's own neighbours v⁻ < v < v⁺ in
-the stored dtype:
+For a stored value v and the exact value x of :mod:`tunesmith.verify.weights.expected`, with v's own neighbours
+v⁻ < v < v⁺ in the stored dtype:
 
 - *exact*: no neighbour is nearer to x than v (on a tie either will do: x's own error spans it);
 - *twice-rounded*: something was rounded before the sum was: |v − x| is within half a step and the rounding errors of W
@@ -37,10 +37,10 @@ from threadpoolctl import threadpool_limits
 from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, TensorInfo, as_float64
 from tunesmith.progress import Cancellation, Progress, ProgressCallback
-from tunesmith.verify.expected import Expectation, Expected, Interval, Matrix, early_rounding
-from tunesmith.verify.kernel import available, tally_bf16
 from tunesmith.verify.records import TensorVerdict
-from tunesmith.verify.rounding import is_nearest, with_neighbours
+from tunesmith.verify.weights.expected import Expectation, Expected, Interval, Matrix, early_rounding
+from tunesmith.verify.weights.kernel import available, tally_bf16
+from tunesmith.verify.weights.rounding import is_nearest, with_neighbours
 
 FEW_ELEMENTS = 64
 _STRAY_SHARE = 1e-4

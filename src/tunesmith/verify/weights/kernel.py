@@ -1,4 +1,4 @@
-"""What :mod:`tunesmith.verify.weights` finds of bf16, in one pass over the numbers, where numba is installed.
+"""What :mod:`tunesmith.verify.weights.check` finds of bf16, in one pass over the numbers, where numba is installed.
 
 For a base in bf16, a merge in bf16 and one update a tensor: what most of a large model's numbers are.  The counts are
 those of the plain form, comparison by comparison; the sums are added up in another order.  What is rare (infinities,
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.checkpoint import Array, Float64
-from tunesmith.verify.rounding import DOUBLE, SINGLE, SMALLEST, UNIT_ROUNDOFF
+from tunesmith.verify.weights.rounding import DOUBLE, SINGLE, SMALLEST, UNIT_ROUNDOFF
 
 _HALF_SMALLEST = SMALLEST["BF16"] / 2
 _OF_DELTA = UNIT_ROUNDOFF["BF16"] * (1 + UNIT_ROUNDOFF["BF16"])
@@ -60,7 +60,7 @@ def _compile() -> Any:
 def tally_bf16(
     stored_TC: Array, begin_TC: Array, delta_TC: Float64, bound_T: Float64
 ) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Classify rows as :func:`tunesmith.verify.weights.classify` does.
+    """Classify rows as :func:`tunesmith.verify.weights.check.classify` does.
 
     Args:
         stored_TC: the merged model's numbers, uint16 patterns, C-contiguous.

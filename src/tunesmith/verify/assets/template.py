@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith.checkpoint import read_json_object
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Value
-from tunesmith.verify.configuration import shown
-from tunesmith.verify.tokenizer import special_tokens
+from tunesmith.verify.assets.configuration import shown
+from tunesmith.verify.assets.tokenizer import special_tokens
 
 DEFAULT = "default"
 _FILE, _LEGACY, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"

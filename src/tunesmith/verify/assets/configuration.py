@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.checkpoint import CONFIG_FILE, Checkpoint, read_json_object
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding
-from tunesmith.verify.directory import quantized_as
+from tunesmith.verify.structure import quantized_as
 
 # Fields that a writer or a loader puts in of itself, and that do not change what the model computes, by the reason; the
 # finding ``config_noise_<reason>`` tells it.  Written by Transformers 4 and 5 where no other is named.

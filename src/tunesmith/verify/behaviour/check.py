@@ -5,8 +5,8 @@ less than one that is only rounded to bf16.  The weights level proves; this one 
 such as a loader that reads the directory differently.
 
 What rounding may cost is measured, not guessed: the base that was loaded for the adapter is given the weights that the
-weights level recomputed (:mod:`tunesmith.verify.reference`).  With δ the largest difference of a logit that arithmetic
-alone makes:
+weights level recomputed (:mod:`tunesmith.verify.behaviour.reference`).  With δ the largest difference of a logit that
+arithmetic alone makes:
 
 - KL(reference ‖ merged) ≤ δ²/2, by Hoeffding's lemma: two models of the same weights differ by arithmetic alone;
 - KL(adapter ‖ merged) ≤ (√KL(adapter ‖ reference) + δ/√2)², by that and Pinsker's inequality, position by position,
@@ -28,7 +28,7 @@ from tunesmith.verify.records import BehaviourRow, Divergence, TensorVerdict
 if TYPE_CHECKING:
     import torch
 
-    from tunesmith.verify.reference import Reference
+    from tunesmith.verify.behaviour.reference import Reference
 
 ADAPTER = "adapter"
 MERGED = "merged"

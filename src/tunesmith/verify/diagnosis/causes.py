@@ -1,10 +1,10 @@
 """Why a merged model differs: from the findings, from the tallies, and by asking "what if" of what is wrong.
 
 What was left out shows in the tallies.  Of the rest, the first tensor that nothing has explained yet is asked what may
-have become of it (:mod:`tunesmith.verify.hypotheses`); the answer is then tried on the others, and takes those that it
-explains; and so on, so that causes that came together are told apart.  A few tensors are asked, and of very many only
-some are tried, so that the price does not grow with the model.  Where nothing explains a tensor: is it one number, one
-tensor, the update, or the base?
+have become of it (:mod:`tunesmith.verify.diagnosis.hypotheses`).  The answer is tried on the others and takes those
+that it explains; and so on, so that causes that came together are told apart.  A few tensors are asked, and of very
+many only some are tried, so that the price does not grow with the model.  Where nothing explains a tensor: is it one
+number, one tensor, the update, or the base?
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from tunesmith.adapter import Copied, Rows, Update
 from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint
 from tunesmith.record import Finding
-from tunesmith.verify.expected import Expectation
-from tunesmith.verify.hypotheses import ASKED_TENSORS, Evidence, Hypothesis, Questions, cause, spread
+from tunesmith.verify.diagnosis.hypotheses import ASKED_TENSORS, Evidence, Hypothesis, Questions, cause, spread
 from tunesmith.verify.records import TensorVerdict
 from tunesmith.verify.structure import embeddings_of, is_copy, is_head, unties
-from tunesmith.verify.weights import FEW_ELEMENTS, strays
+from tunesmith.verify.weights import FEW_ELEMENTS, Expectation, strays
 
 _TRIED_TENSORS = 64  # of those that are left, an answer is tried on
 _LIKE_GAIN = 0.15

@@ -15,8 +15,8 @@ from tunesmith.checkpoint import (
 )
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Value
-from tunesmith.verify.directory import beside, foreign_format, quantized_as, some_of, why_not_opened
-from tunesmith.verify.layout import Respelled, Shapes, with_experts_apart
+from tunesmith.verify.structure.directory import beside, foreign_format, quantized_as, some_of, why_not_opened
+from tunesmith.verify.structure.layout import Respelled, Shapes, with_experts_apart
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = (

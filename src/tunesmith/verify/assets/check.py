@@ -9,9 +9,9 @@ from typing import Any
 from tunesmith.checkpoint import CONFIG_FILE, read_json_object
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity
-from tunesmith.verify.configuration import check_config, shown
-from tunesmith.verify.template import chat_template, check_template
-from tunesmith.verify.tokenizer import check_tokenizer, special_token_ids
+from tunesmith.verify.assets.configuration import check_config, shown
+from tunesmith.verify.assets.template import chat_template, check_template
+from tunesmith.verify.assets.tokenizer import check_tokenizer, special_token_ids
 
 __all__ = ["chat_template", "check_assets"]
 

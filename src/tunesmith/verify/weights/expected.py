@@ -29,7 +29,7 @@ import numpy as np
 from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Rows, Stack, Update
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, Header, TensorInfo, as_float64, read_rows
 from tunesmith.errors import UnsupportedAdapterError
-from tunesmith.verify.rounding import DOUBLE, SINGLE, SMALLEST, UNIT_ROUNDOFF, to_dtype
+from tunesmith.verify.weights.rounding import DOUBLE, SINGLE, SMALLEST, UNIT_ROUNDOFF, to_dtype
 
 _TILE_ELEMENTS = 1 << 16
 
