@@ -113,8 +113,8 @@ def test_a_finding_that_lacks_a_parameter_shows_a_dash() -> None:
 def test_values_are_formatted_with_the_units_of_people() -> None:
     """Sizes have units; a value that does not fit its specification is shown as it is."""
     assert text("files.summary", "en", count=1234, size=9_752_000) == "All 1,234 files, 9.3 MiB"
-    assert "NaN times" in text("finding.cause_scaled", "en", factor="NaN")
-    assert "– times" in text("finding.cause_scaled", "en", factor=None)
+    assert "NaN times" in text("finding.cause_scaled", "en", tensor="w", count=1, factor="NaN")
+    assert "– times" in text("finding.cause_scaled", "en", tensor="w", count=1, factor=None)
 
 
 def test_a_parameter_is_never_read_as_a_template() -> None:

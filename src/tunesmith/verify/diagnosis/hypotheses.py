@@ -326,7 +326,7 @@ def _many(code: str, *, factor: float) -> Callable[[Sequence[TensorVerdict]], Fi
         outside = sum(tensor.outside for tensor in found)
         if outside <= FEW_ELEMENTS:  # so few are damage
             return None
-        return cause(code, factor=factor, gain=_gain(found), count=outside)
+        return _counted(code, factor=factor, gain=_gain(found), outside=outside)(found)
 
     return told
 
