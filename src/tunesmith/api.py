@@ -460,6 +460,7 @@ def verify(
     dtype: str = "fp32",
     sample: bool = False,
     certificate: bool = True,
+    executor: Executor | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Verdict:
@@ -483,6 +484,7 @@ def verify(
             ``not_verified``: what was not looked at may be anything.
         certificate: write ``tunesmith-certificate.json`` into the merged directory where the answer is identical or
             equal within rounding, in the place of one that is there.  For any other answer nothing in it is touched.
+        executor: what recomputes the parts of the weights; None for a pool of threads, one a core.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
 
@@ -522,6 +524,7 @@ def verify(
         base_view=view_of(base_view),
         sample=sample,
         certificate=certificate,
+        executor=executor,
         levels=levels,
         prompts=rows,
         **({"dtype": compute.dtype, "device": compute.device} if compute else {}),

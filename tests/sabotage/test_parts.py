@@ -12,6 +12,8 @@ from tests.sabotage.workshop import Workshop
 from tunesmith.adapter import Stack
 from tunesmith.checkpoint import Checkpoint
 from tunesmith.progress import Cancellation, no_progress
+from tunesmith.runs import open_run
+from tunesmith.verify import verify
 from tunesmith.verify.weights import check, expected
 from tunesmith.verify.weights.check import check_weights
 from tunesmith.verify.weights.expected import Expectation
@@ -60,3 +62,15 @@ def test_a_sample_looks_at_a_part_and_says_of_how_many(shop: Workshop, monkeypat
     assert [tensor.name for tensor in looked] == [tensor.name for tensor in every]
     assert sum(t.elements for t in looked) < 0.5 * sum(t.elements for t in every)
     assert all(0 < t.elements <= 3 * 512 for t in looked)
+
+
+def test_a_whole_verification_may_be_given_its_workers(shop: Workshop) -> None:
+    """The same answer, by processes of the caller's."""
+    with ProcessPoolExecutor(2) as pool:
+        verdict = verify(
+            open_run(shop.run), shop.merged, base_dir=shop.base, base_model="base", levels=["weights"], executor=pool
+        )
+    assert verdict.answer == "equal_within_rounding"
+    assert sum(tensor.elements for tensor in verdict.tensors) == sum(
+        info.elements for info in Checkpoint(shop.base).tensors.values()
+    )

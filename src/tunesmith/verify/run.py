@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, Stack
@@ -59,6 +60,7 @@ class Verification:
         base_view: StartView | None = None,
         sample: bool = False,
         certificate: bool = False,
+        executor: Executor | None = None,
         progress: ProgressCallback,
         cancellation: Cancellation,
     ) -> None:
@@ -79,6 +81,7 @@ class Verification:
         self.sample, self.certificate = sample, certificate and not sample
         self.hashes: dict[Path, str] = {}
         self.stamps = self._stamps() if self.certificate else {}
+        self.executor = executor
         self.progress = progress
         self.cancellation = cancellation
 
@@ -129,6 +132,7 @@ class Verification:
                 self.merged,
                 self.expectation,
                 sample=self.sample,
+                executor=self.executor,
                 progress=told,
                 cancellation=self.cancellation,
             )
@@ -283,6 +287,7 @@ def verify(
     base_view: StartView | None = None,
     sample: bool = False,
     certificate: bool = False,
+    executor: Executor | None = None,
     levels: Sequence[str] = LEVELS,
     prompts: Sequence[Conversation] = (),
     dtype: str = "float32",
@@ -306,6 +311,7 @@ def verify(
             is then ``different``, or ``not_verified``: what was not looked at may be anything.
         certificate: whether to write a certificate into the directory, where the answer is identical or equal within
             rounding; for any other answer the directory is left as it is.
+        executor: what recomputes the parts of the weights; None for a pool of threads, one a core.
         levels: which levels to look at; without ``weights`` the answer cannot be better than ``not_verified``.
         prompts: for the behaviour level; empty for a built-in set.
         dtype: of the behaviour level's arithmetic; float32 keeps its noise far below bf16's rounding of the weights.
@@ -331,6 +337,7 @@ def verify(
         base_view=base_view,
         sample=sample,
         certificate=certificate,
+        executor=executor,
         progress=progress,
         cancellation=cancellation or Cancellation(),
     )
