@@ -23,6 +23,7 @@ from tests.sabotage.workshop import (
     Workshop,
     deltas,
     flip_bit,
+    peft_merge,
     remerge,
     rewrite,
     tunesmith_merge,
@@ -796,3 +797,32 @@ def scaled_and_overflown(out: Path, shop: Workshop) -> None:
     """NaN in some numbers does not hide what became of the others."""
     remerge(out, shop, lambda _, delta: 0.7 * delta)
     rewrite(out, lambda tensors: tensors[DOWN].view(-1)[5:8].fill_(float("nan")))
+
+
+def _stored_wider(dtype: torch.dtype) -> Spoil:
+    def spoil(out: Path, shop: Workshop) -> None:
+        shutil.rmtree(out)
+        peft_merge(shop.run, shop.base, out, dtype=dtype)
+        rewrite(out, lambda tensors: tensors.update({name: weight.float() for name, weight in tensors.items()}))
+
+    return spoil
+
+
+mutant("cause_stored_wider", named="merged_in_bf16_and_stored_in_float32", dtype="BF16")(_stored_wider(torch.bfloat16))
+mutant("cause_stored_wider", named="merged_in_fp16_and_stored_in_float32", dtype="F16")(_stored_wider(torch.float16))
+
+
+@mutant("cause_other_base")
+def another_revision_of_the_base(out: Path, shop: Workshop) -> None:
+    """So near to the right one that each number is within a few steps."""
+    elsewhere = shutil.copytree(shop.base, out.parent / "elsewhere" / "base")
+
+    def moved(tensors: Tensors) -> None:
+        for name, weight in tensors.items():
+            patterns = weight.view(torch.int16)
+            steps = torch.randint(0, 3, patterns.shape, generator=torch.Generator().manual_seed(1))
+            tensors[name] = (patterns + steps.short()).view(torch.bfloat16)
+
+    rewrite(elsewhere, moved)
+    shutil.rmtree(out)
+    tunesmith_merge(shop.run, elsewhere, out)

@@ -214,7 +214,9 @@ class _Inquiry:
 
     def _answer(self, seed: TensorVerdict, left: Sequence[TensorVerdict]) -> Hypothesis | None:
         alike, piece = [tensor for tensor in left if _like_gain(tensor, seed)], self._evidence(seed)
-        asked = self._questions.ask(piece, [self._evidence(tensor) for tensor in spread(alike, ASKED_TENSORS)])
+        pieces = [self._evidence(tensor) for tensor in spread(alike, ASKED_TENSORS)]
+        base_is_right = all(tensor.outside <= FEW_ELEMENTS for tensor in left if tensor.module is None)
+        asked = self._questions.ask(piece, pieces, base_is_right=base_is_right)
         return next((one for one in asked if one.explains(piece) and one.cause(alike) is not None), None)
 
     def _explained(

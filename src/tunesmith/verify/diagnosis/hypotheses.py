@@ -4,7 +4,8 @@ An answer is taken where it makes nearly all that was outside vanish and makes n
 in order: is it another checkpoint's update; was a trained magnitude left out, or were trained rows; is it this update
 times a factor; did it begin as the base seen otherwise (dequantized, or not), or as another base; are these the values,
 or the update, of another tensor; was the update transposed, or an expert's cut out of its stack in another way; did all
-go through fp16; is it the update, or twice that, rounded more than once or beyond its neighbours.
+go through fp16, or through a narrower dtype than they are stored in; is it the update, or twice that, rounded more than
+once or beyond its neighbours.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tunesmith.verify.weights import (
     classify,
     matrix_of,
     tally_rows,
+    to_dtype,
     with_neighbours,
 )
 
@@ -129,12 +131,14 @@ class Questions:
     ) -> None:
         self.expectation, self.others, self.bases = expectation, others, bases
 
-    def ask(self, seed: Evidence, alike: Sequence[Evidence]) -> Iterator[Hypothesis]:
+    def ask(self, seed: Evidence, alike: Sequence[Evidence], *, base_is_right: bool) -> Iterator[Hypothesis]:
         """What may have become of a tensor, in order; the hypotheses are about other tensors too.
 
         Args:
             seed: the tensor.
             alike: tensors, it among them, that were changed in like measure, to measure that by.
+            base_is_right: whether the tensors that no adapter touches are the base's; where not, one that is near to
+                what it should be need not have been rounded to it.
         """
         if seed.low_rank is not None:
             yield from self._other_adapters()
@@ -148,7 +152,11 @@ class Questions:
         yield Hypothesis(self._sliced, _counted("cause_experts_sliced"))
         yield Hypothesis(self._halves_swapped, _counted("cause_gate_up_swapped"))
         yield Hypothesis(_through_half, _counted("cause_through_fp16"))
-        yield from self._loose()
+        if seed.stored.info.dtype == "F32":
+            yield Hypothesis(_stored_wider("BF16"), _counted("cause_stored_wider", dtype="BF16"))
+            yield Hypothesis(_stored_wider("F16"), _counted("cause_stored_wider", dtype="F16"))
+        if base_is_right:
+            yield from self._loose()
 
     def _other_adapters(self) -> Iterator[Hypothesis]:
         for name, other in self.others.items():
@@ -379,6 +387,22 @@ def _through_half(piece: Evidence) -> bool:
     chosen, bound = ~small, np.broadcast_to(tile.bound, small.shape)
     elsewhere = classify(values[chosen], piece.stored.info.dtype, tile.start[chosen], tile.delta[chosen], bound[chosen])
     return on_grid and bool(moved.all()) and bool(small.any()) and not elsewhere.outside
+
+
+def _stored_wider(dtype: str) -> Callable[[Evidence], bool]:
+    """Whether the numbers are those of a merge in a narrower dtype, which were then stored in float32."""
+
+    def explains(piece: Evidence) -> bool:
+        values = piece.stored.read(*piece.rows)
+        if piece.stored.info.dtype != "F32" or not np.array_equal(to_dtype(values.astype(np.float64), dtype), values):
+            return False
+        bits = values.view(np.uint32)
+        narrow = (bits >> 16).astype(np.uint16) if dtype == "BF16" else values.astype(np.float16)
+        tile = piece.expected.tile(*piece.rows)
+        found = classify(narrow, dtype, tile.start, tile.delta, tile.bound, early=tile.early)
+        return found.outside <= _EXPLAINS * piece.tally.outside
+
+    return explains
 
 
 def _measured_factor(pieces: Sequence[Evidence]) -> float:
