@@ -1,7 +1,7 @@
 """What a merge costs, beside copying the base and beside PEFT's own script.
 
     python benchmarks/merge_cost.py --work DIR [--size 1.5b] [--size 7b] [--rounds 3] [--without-peft]
-        [--without-numba] [--one-worker] [--rounding nearest] [--rounding faithful]
+        [--without-numba] [--one-worker] [--without-certificate] [--rounding nearest] [--rounding faithful]
 
 Whole processes, in turn, each followed by a flush to the disk (``cp && sync``; ours flushes by itself), on a base of
 random bf16 weights in the shapes of Qwen2.5 (``benchmarks/synthetic.py``) and an adapter of rank 16 on all linear
@@ -76,7 +76,8 @@ def commands(base: Path, adapter: Path, out: Path, options: argparse.Namespace) 
     found = {"cp && sync": ["sh", "-c", f"cp -r '{base}' '{out}-copy' && sync"]}
     plain = "import sys; sys.modules['numba'] = None; import runpy; runpy.run_module('tunesmith', run_name='__main__')"
     for rounding in options.rounding or [_NEAREST]:
-        merge = ["merge", str(adapter), "--base", str(base), "--rounding", rounding, "--out"]
+        bare = ["--no-certificate"] if options.without_certificate else []
+        merge = ["merge", str(adapter), "--base", str(base), "--rounding", rounding, *bare, "--out"]
         ours = [sys.executable, "-m", "tunesmith", *merge]
         found[rounding] = [*ours, f"{out}-{rounding}"]
         if options.without_numba:
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounding", action="append", choices=DATA_FREE, help="nearest by default, as PEFT rounds")
     parser.add_argument("--without-numba", action="store_true", help="ours without the extra 'fast' too")
     parser.add_argument("--one-worker", action="store_true", help="ours on one core too")
+    parser.add_argument("--without-certificate", action="store_true", help="ours without hashes")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for size in options.size or ["1.5b"]:

@@ -1,209 +1,201 @@
-"""Spoil a real merge in known ways and print what ``tunesmith verify`` says of each, beside merges that are sound.
+"""Spoil a real merge in every known way and see what ``tunesmith verify`` says of each; then accuse no sound merge.
 
-The merge that is spoilt is rounded as Tunesmith does by default: in bf16 every number is one of the two neighbours of
-the exact one.  One that is pushed from the one to the other cannot be told; one that is pushed beyond them must be.
+    python benchmarks/sabotage.py RUN [--base demo] [--behaviour] [--only PATTERN] [--llamafactory COMMAND]
 
-Usage: ``python benchmarks/sabotage.py RUN --base demo``; everything is made in a temporary directory.
+RUN is a run of the demo's form: SmolLM2-135M-Instruct, rank 8, alpha 16, all linear layers.  The merge that is spoilt
+is rounded as Tunesmith does of itself: in bf16 every number is one of the two neighbours of the exact one.  One that is
+pushed from the one to the other cannot be told; one that is pushed beyond them must be.  The mutants are in
+``sabotage_mutants.py``, the sound merges in ``sabotage_sound.py``.  Where the run has no checkpoint but its last, one
+that may have been before it is made up.
+
+Structure, assets and weights are looked at; ``--behaviour`` adds the fourth level, which takes many times as long.
+The exit code is 1 where a mutant passes, where fewer than 55 causes are named right, or where a sound merge is accused.
+``--llamafactory`` is the ``llamafactory-cli`` of an environment of its own (LLaMA-Factory wants other versions of PEFT
+and Transformers than ours), whose exports are then among the sound merges, and one with a template that is not the
+run's among the mutants.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import shutil
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two processes share the cores: threads that spin while they wait would take the other's time.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from sabotage_mutants import MUTANTS, Mutant
+from sabotage_shop import RUN, Claim, Judgement, Shop
+from sabotage_sound import SOUND, Sound, export, llamafactory
 
-import tunesmith as ts
-from tunesmith.adapter import ADAPTER_WEIGHTS, LowRank, Stack
-from tunesmith.checkpoint import Checkpoint, locate_base
-
-LEVELS = ("structure", "assets", "weights")
-Change = Callable[[dict[str, torch.Tensor]], object]
+MUST_NAME = 55
+_SHOWN = 3
+_GOOD = ("identical", "equal_within_rounding")
+_EXPORT = Mutant("LLaMA-Factory's export with another template", lambda _: None, ("cause_chat_template",))
 
 
-class Bench:
-    """One run, its base, and a sound merge that is copied and spoilt."""
+@dataclass(frozen=True)
+class Row:
+    """One merge and what was said of it.
 
-    def __init__(self, run: str, base: str, root: Path) -> None:
-        self.run, self.base, self.root = ts.open_run(run), base, root
-        self.base_dir = locate_base(base, relative_to=Path(self.run.path).parent)
-        self.stack = Stack([(self.run.checkpoints[-1].path, 1.0)])
-        updates = self.stack.bind(Checkpoint(self.base_dir)).updates
-        self.updates = [update for update in updates if isinstance(update, LowRank)]
-        self.merged = root / "tunesmith"
-        self.plan = ts.plan_merge(self.run, self.merged, base=base)
-        ts.merge(self.plan)
+    Attributes:
+        name: what it is.
+        expected: what should be said.
+        judgement: what was.
+        caught: whether a mutant is called different, or a sound merge is not.
+        named: whether the cause is right.
+    """
 
-    def row(self, name: str, out: Path) -> tuple[str, str, str, float]:
-        """Verify one directory."""
-        started = time.monotonic()
-        verdict = ts.verify(self.run, out, base=self.base, levels=LEVELS)
-        return name, verdict.answer, ts.verdict_sentence(verdict), time.monotonic() - started
+    name: str
+    expected: str
+    judgement: Judgement
+    caught: bool
+    named: bool
 
-    @contextmanager
-    def spoilt(self) -> Iterator[Path]:
-        """A copy of the sound merge, gone afterwards."""
-        out = self.root / "spoilt"
-        shutil.copytree(self.merged, out)
-        try:
-            yield out
-        finally:
-            shutil.rmtree(out)
-
-    def shard(self, name: str) -> str:
-        """The file that holds a tensor."""
-        return Checkpoint(self.base_dir).shard_of(name)
-
-    def rewrite(self, out: Path, file: str, change: Change) -> None:
-        """Change tensors of one weights file."""
-        tensors = {name: weight.clone() for name, weight in load_file(out / file).items()}
-        change(tensors)
-        save_file(tensors, out / file, {"format": "pt"})
-
-    def other_checkpoint(self) -> str | None:
-        """The first adapter of the run that is not a copy of the last; None where there is none."""
-        held = {one.name: Path(one.path, ADAPTER_WEIGHTS).read_bytes() for one in self.run.checkpoints}
-        last = held[self.run.checkpoints[-1].name]
-        return next((name for name, weights in held.items() if weights != last), None)
-
-    def beyond(self, name: str) -> int:
-        """An element of the sound merge that its lowest bit, flipped, takes beyond the exact value's neighbours."""
-        factors = load_file(self.stack.adapters[0].header.path)
-        delta = sum(
-            update.scaling * factors[update.lora_B].double() @ factors[update.lora_A].double()
-            for update in self.updates
-            if update.name == name
-        )
-        exact = (load_file(self.base_dir / self.shard(name))[name].double() + delta).reshape(-1)
-        stored = load_file(self.merged / self.shard(name))[name].reshape(-1)
-        flipped = (stored.view(torch.int16) ^ 1).view(stored.dtype).double()
-        share = (exact - stored.double()) / (flipped - stored.double())  # 0 where it stands, 1 where it would go
-        return int(((share < -0.2) & (share > -0.4)).nonzero()[0])
-
-    def scaled(self, out: Path, factor: float) -> None:
-        """Every update times a factor, rounded to nearest."""
-        factors = load_file(self.stack.adapters[0].header.path)
-        for file in Checkpoint(self.base_dir).shards:
-            tensors = load_file(self.base_dir / file)
-            for update in self.updates:
-                if update.name in tensors:
-                    delta = update.scaling * factors[update.lora_B].double() @ factors[update.lora_A].double()
-                    before = tensors[update.name]
-                    tensors[update.name] = (before.double() + factor * delta).float().to(before.dtype)
-            save_file(tensors, out / file, {"format": "pt"})
-
-    def peft(self, out: Path, *, safe: bool) -> Path:
-        """What a PEFT script makes of the run."""
-        with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-            model = AutoModelForCausalLM.from_pretrained(self.base_dir, dtype="auto")
-            merged = PeftModel.from_pretrained(model, self.run.checkpoints[-1].path).merge_and_unload(safe_merge=safe)
-            merged.save_pretrained(out)
-            AutoTokenizer.from_pretrained(self.run.path).save_pretrained(out)
-        return out
+    @property
+    def causes(self) -> str:
+        """What was named, with its figures."""
+        named = [
+            cause.code.removeprefix("cause_") + (f" ({said})" if (said := _figures(cause.params)) else "")
+            for cause in self.judgement.causes
+        ]
+        return " + ".join([*named[:_SHOWN], *([f"{len(named) - _SHOWN} more"] if len(named) > _SHOWN else [])])
 
 
-def flip(weight: torch.Tensor, index: int, bit: int) -> None:
-    """Flip one bit of one number of two bytes."""
-    weight.view(-1).view(torch.int16)[index] ^= 1 << bit if bit < 15 else -(1 << 15)
+def _figures(params: dict[str, object]) -> str:
+    shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in params.values()]
+    return ", ".join(text if len(text) < 40 else f"{text[:36]} …" for text in shown[:3])
 
 
-def swap_two_merges(out: Path) -> None:
-    """The last two merges of a BPE in the other order."""
-    document = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
-    merges = document["model"]["merges"]
-    merges[-1], merges[-2] = merges[-2], merges[-1]
-    (out / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+_shop: Shop
+_command: Path | None
 
 
-def change_template(out: Path) -> None:
-    """One full stop goes into the chat template."""
-    path = out / "chat_template.jinja"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text[: len(text) // 2] + "." + text[len(text) // 2 :], encoding="utf-8")
+def _start(shop: Shop, command: Path | None) -> None:
+    """What every worker process begins with."""
+    global _shop, _command
+    _shop, _command = shop, command
+    torch.set_num_threads(1)
 
 
-def mutants(bench: Bench) -> list[tuple[str, Callable[[Path], object]]]:
-    """What to do to a copy of the sound merge, by name."""
-    touched = bench.updates[len(bench.updates) // 2].name
-    untouched = next(
-        name for name in Checkpoint(bench.base_dir).tensors if name not in {update.name for update in bench.updates}
+def _prepare(kind: str) -> str:
+    _shop.prepare(kind, merged=any(mutant.kind == kind for mutant in MUTANTS))
+    return kind
+
+
+def _judged(make: Callable[[], Claim]) -> Judgement:
+    """What is said of a merge; what cannot be made or looked at is an answer too, and not the right one."""
+    try:
+        return _shop.judge(make())
+    except Exception as error:  # noqa: BLE001 - the other merges are still to be judged
+        traceback.print_exc()
+        return Judgement(f"{type(error).__name__}", (), str(error), 0.0)
+
+
+def _spoil(number: int) -> Row:
+    mutant = MUTANTS[number]
+    with _shop.draft(mutant.kind) as draft:
+
+        def make() -> Claim:
+            mutant.spoil(draft)
+            return draft.claim
+
+        judgement = _judged(make)
+    return Row(
+        mutant.name, mutant.expected, judgement, judgement.answer == "different", mutant.rightly_named(judgement)
     )
-    base = bench.base_dir
-    shards = list(Checkpoint(base).shards)
-    other = bench.other_checkpoint()
 
-    def another_checkpoint(out: Path) -> None:
-        ts.merge(ts.plan_merge(bench.run, out, base=bench.base, checkpoint=str(other), force=True))
 
-    def restore(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[touched] = load_file(base / bench.shard(touched))[touched]
+def _accuse(number: int) -> Row:
+    made = _sound(_command)[number]
+    with tempfile.TemporaryDirectory(dir=_shop.root) as root:
+        judgement = _judged(lambda: made.make(_shop, Path(root)))
+    good = judgement.answer in _GOOD and not judgement.causes
+    return Row(made.name, "–", judgement, good, good)
 
-    def flipped(name: str, bit: int, index: int = 4321) -> Callable[[Path], None]:
-        return lambda out: bench.rewrite(out, bench.shard(name), lambda tensors: flip(tensors[name], index, bit))
 
-    return [
-        ("adapter not applied", lambda out: [shutil.copy(base / shard, out) for shard in shards]),
-        ("one module missing", lambda out: bench.rewrite(out, bench.shard(touched), restore)),
-        ("scaling × 2 (merged twice)", lambda out: bench.scaled(out, 2.0)),
-        ("scaling × 0.7", lambda out: bench.scaled(out, 0.7)),
-        ("subtracted", lambda out: bench.scaled(out, -1.0)),
-        *([(f"another checkpoint ({other})", another_checkpoint)] if other else []),
-        ("tokenizer: two merges swapped", swap_two_merges),
-        ("template: one full stop", change_template),
-        ("lowest bit flipped, adapted tensor", flipped(touched, 0, bench.beyond(touched))),
-        ("sign bit flipped, adapted tensor", flipped(touched, 15)),
-        ("lowest bit flipped, untouched tensor", flipped(untouched, 0)),
-    ]
+def _export(_: int) -> Row:
+    command = _command
+    assert command is not None  # noqa: S101 - asked for only with one
+    with tempfile.TemporaryDirectory(dir=_shop.root) as root:
+        judgement = _judged(lambda: export(_shop, Path(root), command, template="default"))
+    right = _EXPORT.rightly_named(judgement)
+    return Row(_EXPORT.name, _EXPORT.expected, judgement, judgement.answer == "different", right)
+
+
+def _sound(command: Path | None) -> list[Sound]:
+    return [*SOUND, *(llamafactory(command) if command else [])]
+
+
+def work(shop: Shop, options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """Make and judge everything, two merges at a time; returns the mutants and the sound merges."""
+    chosen = [number for number, mutant in enumerate(MUTANTS) if re.search(options.only, mutant.name)]
+    sound = [number for number, made in enumerate(_sound(options.llamafactory)) if re.search(options.only, made.name)]
+    kinds = {MUTANTS[number].kind for number in chosen}
+    kinds |= {_sound(options.llamafactory)[number].kind for number in sound} | {RUN}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        options.workers, mp_context=context, initializer=_start, initargs=(shop, options.llamafactory)
+    ) as pool:
+        print(f"prepared: {', '.join(pool.map(_prepare, sorted(kinds)))}", file=sys.stderr, flush=True)
+        spoilt = pool.map(_spoil, chosen)
+        accused = pool.map(_accuse, sound)
+        exported = pool.map(_export, [0] if options.llamafactory and re.search(options.only, _EXPORT.name) else [])
+        rows = [_told(row) for row in spoilt], [_told(row) for row in accused]
+        return [*rows[0], *exported], rows[1]
+
+
+def _told(row: Row) -> Row:
+    mark = " " if row.caught and row.named else "!"
+    print(f"{mark} {row.name}: {row.judgement.answer}, {row.causes or '–'}", file=sys.stderr, flush=True)
+    return row
+
+
+def print_rows(rows: Sequence[Row], *, heading: str) -> None:
+    """A table of Markdown."""
+    print(f"\n{heading}\n\n| merge | answer | cause named | cause expected | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        answer = row.judgement.answer if row.caught else f"**{row.judgement.answer}**"
+        causes = (row.causes or "–") if row.named else f"**{row.causes or '–'}**"
+        print(f"| {row.name} | {answer} | {causes} | {row.expected} | {row.judgement.seconds:.1f} |".replace("\n", " "))
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run directory, with checkpoints beside its adapter")
+    """Print the tables and the totals."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--base", default="demo", help="the base model")
-    arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    parser.add_argument("--only", default="", metavar="PATTERN", help="merges whose names match this")
+    parser.add_argument("--behaviour", action="store_true", help="look at the behaviour level too")
+    parser.add_argument("--llamafactory", type=Path, metavar="COMMAND", help="llamafactory-cli of its own environment")
+    parser.add_argument("--workers", type=int, default=2, help="merges at a time")
+    options = parser.parse_args()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
-        bench = Bench(arguments.run, arguments.base, Path(root))
-        same, sound, spoilt = ("identical",), ("identical", "equal_within_rounding"), ("different",)
-        default = bench.plan.rounding
-        expected = same if default == "nearest" else sound[1:]
-        rows = [(expected, bench.row(f"sound: tunesmith merge ({default})", bench.merged))]
-        if default != "nearest":
-            out = Path(root, "nearest")
-            ts.merge(ts.plan_merge(bench.run, out, base=bench.base, rounding="nearest"))
-            rows.append((same, bench.row("sound: tunesmith merge --rounding nearest", out)))
-            shutil.rmtree(out)
-        for safe in (False, True):
-            out = bench.peft(Path(root, f"peft-{safe}"), safe=safe)
-            rows.append((sound, bench.row(f"sound: PEFT, safe_merge={safe}", out)))
-            shutil.rmtree(out)
-        for name, spoil in mutants(bench):
-            with bench.spoilt() as out:
-                spoil(out)
-                rows.append((spoilt, bench.row(name, out)))
-    print("| merge | answer | seconds | what it says |\n| --- | --- | --- | --- |")
-    wrong = 0
-    for right, (name, answer, sentence, seconds) in rows:
-        wrong += answer not in right
-        print(f"| {name} | {answer} | {seconds:.1f} | {sentence} |")
-    print(f"\n{len(rows)} merges, {wrong} judged wrongly")
-    sys.exit(bool(wrong))
+        shop = replace(Shop.open(options.run, options.base, Path(root)), behaviour=options.behaviour)
+        mutants, sound = work(shop, options)
+    print_rows(mutants, heading="Spoilt merges")
+    print_rows(sound, heading="Sound merges")
+    caught, named, accused = (
+        sum(row.caught for row in mutants),
+        sum(row.caught and row.named for row in mutants),
+        sum(not row.caught for row in sound),
+    )
+    print(f"\ncaught {caught} of {len(mutants)}, cause right {named} of {len(mutants)}, ", end="")
+    print(f"false alarms {accused} of {len(sound)}; {time.monotonic() - started:.0f} s, {options.workers} at a time")
+    too_few = named < (min(MUST_NAME, len(mutants)) if not options.only else 0)
+    sys.exit(bool(caught < len(mutants) or accused or too_few))
 
 
 if __name__ == "__main__":

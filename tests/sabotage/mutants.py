@@ -207,6 +207,18 @@ def factors_of_another_module(out: Path, shop: Workshop) -> None:
     remerge(out, shop, lambda name, delta: every[pair[name]] if name in pair else delta)
 
 
+@mutant("cause_other_module", source="layers.", count=7 * LAYERS)
+def updates_one_layer_off(out: Path, shop: Workshop) -> None:
+    """Every layer was given the update of the next."""
+    every = deltas(shop.run)
+
+    def next_layer(name: str, _: torch.Tensor) -> torch.Tensor:
+        layer = int(name.split(".")[2])
+        return every[name.replace(f".{layer}.", f".{(layer + 1) % LAYERS}.")]
+
+    remerge(out, shop, next_layer)
+
+
 # Weights that changed after the merge.
 
 

@@ -21,6 +21,7 @@ from tunesmith.verify.weights import FEW_ELEMENTS, Expectation, strays
 
 _TRIED_TENSORS = 64  # of those that are left, an answer is tried on
 _LIKE_GAIN = 0.15
+_MOST_CAUSES = 8
 
 # What the findings of the other levels mean as a cause; the weights' causes take more asking.
 _CAUSE_OF = {
@@ -190,8 +191,8 @@ class _Inquiry:
         """The causes of bad tensors, those of adapted ones first."""
         left = sorted(bad, key=lambda tensor: tensor.module is None)
         seeds = self._seeds(left)
-        found = []
-        while seeds:
+        found: list[Finding] = []
+        while seeds and len(found) < _MOST_CAUSES:
             seed, *seeds = seeds
             hypothesis = self._answer(seed, left)
             mine = self._explained(hypothesis, seed, left) if hypothesis is not None else []

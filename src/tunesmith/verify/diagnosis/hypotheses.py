@@ -364,14 +364,23 @@ def _in_one_slice(update: Update) -> Update:
 
 
 def _renaming(name: str, source: str) -> Callable[[str], list[str]]:
-    """Names that come of others as one name comes of another, or the other way round: layer 3 for 5, or q for k."""
-    pairs = [pair for pair in zip(name.split("."), source.split("."), strict=False) if pair[0] != pair[1]]
+    """Names that come of others as one name comes of another, or the other way round: q for k, or one layer further."""
+    pairs = enumerate(zip(name.split("."), source.split("."), strict=False))
+    places = {place: pair for place, pair in pairs if pair[0] != pair[1]}
 
     def renamed(other: str) -> list[str]:
-        found = []
-        for table in (dict(pairs), {second: first for first, second in pairs}):
-            found.append(".".join(table.get(part, part) for part in other.split(".")))
-        return [candidate for candidate in found if candidate != other]
+        parts, found = other.split("."), []
+        for sign in (1, -1):
+            exchanged, shifted = list(parts), list(parts)
+            for place, pair in places.items():
+                old, new = pair[::sign]
+                part = parts[place] if place < len(parts) else ""
+                exchanged[place : place + 1] = [new if part == old else part]
+                numbers = all(one.isdecimal() for one in (part, old, new))
+                moved = str(int(part) + int(new) - int(old)) if numbers else exchanged[place]
+                shifted[place : place + 1] = [moved]
+            found += [".".join(exchanged), ".".join(shifted)]
+        return [candidate for candidate in dict.fromkeys(found) if candidate != other]
 
     return renamed
 
@@ -383,7 +392,8 @@ def _through_half(piece: Evidence) -> bool:
     stored, right = as_float64(values, piece.stored.info.dtype), tile.start + tile.delta
     small = np.abs(right) < _HALF_STEP * 2**9  # above this, fp16 holds all that bf16 does
     on_grid = bool((stored[small] % _HALF_STEP == 0).all())
-    moved = np.abs(stored - right)[small] <= _HALF_STEP
+    step = 2 * UNIT_ROUNDOFF[piece.stored.info.dtype] * np.abs(right[small])  # what was lost may have been a neighbour
+    moved = np.abs(stored - right)[small] <= _HALF_STEP + step
     chosen, bound = ~small, np.broadcast_to(tile.bound, small.shape)
     elsewhere = classify(values[chosen], piece.stored.info.dtype, tile.start[chosen], tile.delta[chosen], bound[chosen])
     return on_grid and bool(moved.all()) and bool(small.any()) and not elsewhere.outside
