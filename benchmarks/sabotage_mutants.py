@@ -277,7 +277,7 @@ def two_bits_fewer_in_one_layer(draft: Draft) -> None:
             draft.put(name, stored)
 
 
-@mutant("beyond_neighbours")
+@mutant("stored_wider")
 def merged_in_bf16_and_stored_in_float32(draft: Draft) -> None:
     """What ``infer_dtype: float32`` on a merge in bf16 leaves behind: a file twice as large that holds no more."""
     draft.rewrite(lambda tensors: tensors.update({name: weight.float() for name, weight in tensors.items()}))
