@@ -824,6 +824,13 @@ mutant("cause_stored_wider", named="merged_in_bf16_and_stored_in_float32", dtype
 mutant("cause_stored_wider", named="merged_in_fp16_and_stored_in_float32", dtype="F16")(_stored_wider(torch.float16))
 
 
+@mutant("cause_other_adapter")
+def another_adapter_in_bf16_stored_in_float32(out: Path, shop: Workshop) -> None:
+    """That all numbers are on the narrower grid explains nothing where they are the wrong ones."""
+    another_adapter(out, shop)
+    rewrite(out, lambda tensors: tensors.update({name: weight.float() for name, weight in tensors.items()}))
+
+
 @mutant("cause_other_base")
 def another_revision_of_the_base(out: Path, shop: Workshop) -> None:
     """So near to the right one that each number is within a few steps."""

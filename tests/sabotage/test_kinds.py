@@ -115,6 +115,7 @@ def test_a_peft_merge_of_a_kind_that_it_gets_wrong_is_told_by_its_cause(kind: st
     verdict = check(zoo, kind, out, FP32)
     assert verdict.answer == "different"
     assert verdict.causes[0].code == UNSOUND[kind], verdict.causes
+    assert [cause.code for cause in verdict.causes].count(UNSOUND[kind]) == 1  # by several levels, and said once
 
 
 def exact_merge(zoo: Zoo, kind: str, out: Path) -> Path:
@@ -261,6 +262,7 @@ def test_a_spoilt_merge_of_a_kind_is_told_by_its_cause(mutant: str, zoo: Zoo, tm
     verdict = check(zoo, kind, out, FP32)
     assert verdict.answer == "different"
     assert verdict.causes[0].code == cause, verdict.causes
+    assert [found.code for found in verdict.causes].count(cause) == 1
 
 
 def test_the_share_that_rounding_left_unchanged_is_of_what_was_added(zoo: Zoo) -> None:
