@@ -533,7 +533,7 @@ def a_tensor_of_another_shape(draft: Draft) -> None:
     draft.rewrite(lambda tensors: tensors.update({name: tensors[name].T}))
 
 
-@mutant("pickled", "unreadable")
+@mutant("pickled")
 def weights_as_a_pickle(draft: Draft) -> None:
     """A file that must not even be opened."""
     (draft.path / SINGLE_FILE).rename(draft.path / "pytorch_model.bin")

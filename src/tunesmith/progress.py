@@ -58,3 +58,42 @@ class Cancellation:
         """
         if self.requested:
             raise Cancelled
+
+
+class SharedProgress:
+    """Progress and the wish to stop, for many threads at once: what they report comes one after another.
+
+    Args:
+        stage: the stage's name.
+        total: how much there is, in ``unit``.
+        unit: what is counted.
+        progress: told of every advance.
+        cancellation: the caller's flag.
+
+    Attributes:
+        failed: the work's own flag, to stop the others where one has failed; the caller's is theirs to set.
+    """
+
+    def __init__(
+        self, stage: str, total: int, unit: str, *, progress: ProgressCallback, cancellation: Cancellation
+    ) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._progress, self._cancellation = progress, cancellation
+        self._done, self._lock = 0, threading.Lock()
+        self.failed = Cancellation()
+
+    def advance(self, count: int, detail: str = "") -> None:
+        """Report that so much more is done.
+
+        Args:
+            count: how much, in the unit.
+            detail: what was worked on.
+
+        Raises:
+            Cancelled: one of the two flags is set.
+        """
+        with self._lock:
+            self._done += count
+            self._progress(Progress(self._stage, self._done, self._total, self._unit, detail))
+        self._cancellation.check()
+        self.failed.check()

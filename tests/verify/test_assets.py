@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from tests.tiny_models import SPECIAL, TinyRun, edit_json
 from tunesmith.record import Finding
 from tunesmith.report import finding_text
-from tunesmith.verify.assets.check import chat_template, check_assets
+from tunesmith.verify.assets import check_assets
 from tunesmith.verify.assets.configuration import NOISE
-from tunesmith.verify.assets.template import CONVERSATIONS, chat_templates, render
+from tunesmith.verify.assets.template import CONVERSATIONS, DEFAULT, chat_templates, render
 from tunesmith.verify.assets.tokenizer import PROBES, loaded_tokenizer
 
 GOOD = {"config_same", "tokenizer_same", "chat_template_same", "generation_config_same"}
@@ -544,16 +544,16 @@ def test_a_missing_template_and_a_template_that_should_not_be_are_differences(pa
 
 def test_the_template_is_found_in_every_place_where_a_loader_looks(tmp_path: Path) -> None:
     """Its own file goes before the tokenizer's configuration; of several by name the default counts."""
-    assert chat_template(tmp_path) is None
+    assert chat_templates(tmp_path).get(DEFAULT) is None
     several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
-    assert chat_template(tmp_path) == "D"
+    assert chat_templates(tmp_path).get(DEFAULT) == "D"
     edit_json(tmp_path / "tokenizer_config.json", chat_template="C")
-    assert chat_template(tmp_path) == "C"
+    assert chat_templates(tmp_path).get(DEFAULT) == "C"
     edit_json(tmp_path / "tokenizer_config.json", chat_template={"default": "N", "tool_use": "T"})
     assert chat_templates(tmp_path) == {"default": "N", "tool_use": "T"}
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "L"}))
-    assert chat_template(tmp_path) == "L"
+    assert chat_templates(tmp_path).get(DEFAULT) == "L"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert chat_templates(tmp_path) == {"default": "J"}
 

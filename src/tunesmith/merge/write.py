@@ -41,7 +41,7 @@ from tunesmith.merge.rounders import CALIBRATED, rounding_of
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.units import UNIT_BYTES, Compute, Context, TensorTask, units_of
 from tunesmith.merge.work import Tick, UnitReceipt, checksum_of, run_unit
-from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
+from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, no_progress
 
 COMPILE_FROM_BYTES = 200 << 20
 
@@ -91,7 +91,9 @@ def merge(
     stamps = _stamps(plan, base)
     fingerprint = _fingerprint(plan, files, stamps, inputs)
     with resumable_stage(Path(plan.out), force=plan.force) as stage:
-        work = _Work(plan, stage, _Reporter(plan, progress, cancellation or Cancellation()), inputs)
+        size = sum(shard.size_bytes for shard in plan.shards)
+        report = SharedProgress("merge", size, "bytes", progress=progress, cancellation=cancellation or Cancellation())
+        work = _Work(plan, stage, report, inputs)
         journal = Journal(stage.root / JOURNAL_FILE, fingerprint)
         try:
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
@@ -99,7 +101,7 @@ def merge(
             # Threads of BLAS would fight ours.
             with threadpool_limits(1), _own_or_given(executor) as (pool, own), _Hashes(ledgers, base, sha256) as hashes:
                 work.run(ledgers, journal, pool=pool, own=own, hashes=hashes)
-                written, read = hashes.result(lambda: work.report.wrote(0, "hashing"))
+                written, read = hashes.result(lambda: work.report.advance(0, "hashing"))
         except BrokenExecutor as error:
             stage.keep = True
             raise OutputError("A worker of the executor died.", where=stage.root, found=error) from error
@@ -126,24 +128,6 @@ def merge(
         resumed_bytes=resumed,
         findings=judged(plan, kept, nearest),
     )
-
-
-class _Reporter:
-    """Progress and the wish to stop, for many threads at once."""
-
-    def __init__(self, plan: MergePlan, progress: ProgressCallback, cancellation: Cancellation) -> None:
-        self._progress, self._cancellation = progress, cancellation
-        self._total = sum(shard.size_bytes for shard in plan.shards)
-        self._done = 0
-        self._lock = threading.Lock()  # units are written side by side, and reported one after another
-        self.failed = Cancellation()  # our own: the caller's flag is theirs to set
-
-    def wrote(self, count: int, detail: str) -> None:
-        with self._lock:
-            self._done += count
-            self._progress(Progress("merge", self._done, self._total, "bytes", detail))
-        self._cancellation.check()
-        self.failed.check()
 
 
 class _Hashes:
@@ -196,7 +180,7 @@ class _Work:
 
     plan: MergePlan
     stage: Stage
-    report: _Reporter
+    report: SharedProgress
     inputs: Path | None = None
 
     def ledgers(
@@ -218,7 +202,7 @@ class _Work:
 
     def resume(self, ledgers: Sequence[FileLedger], journal: Journal) -> int:
         """Believe what of an earlier merge is still so; returns how many bytes that is."""
-        self.report.wrote(0, "making ready")
+        self.report.advance(0, "making ready")
         told = [
             (ledger, number, entry)
             for ledger in ledgers
@@ -239,11 +223,11 @@ class _Work:
             unit.end - unit.begin for ledger in ledgers for n, unit in enumerate(ledger.units) if n in ledger.done
         )
         if done:
-            self.report.wrote(done, "already done")
+            self.report.advance(done, "already done")
         return done
 
     def _holds(self, ledger: FileLedger, number: int, entry: dict[str, Any]) -> bool:
-        self.report.wrote(0, "checking what is already done")
+        self.report.advance(0, "checking what is already done")
         return ledger.holds(number, entry)
 
     def run(
@@ -253,7 +237,7 @@ class _Work:
         todo = [(ledger, n) for ledger in ledgers for n in range(len(ledger.units)) if n not in ledger.done]
         todo.reverse()
         most = 2 * (os.cpu_count() or 1)
-        tick: Tick | None = self.report.wrote if own else None
+        tick: Tick | None = self.report.advance if own else None
         running: dict[Future[Any], tuple[FileLedger, int] | None] = {}  # no place: flushing
         with ThreadPoolExecutor(1) as flusher:
             flushed: Future[Any] = flusher.submit(int)
@@ -284,7 +268,7 @@ class _Work:
     def _written(self, ledger: FileLedger, number: int, receipt: UnitReceipt, journal: Journal, *, own: bool) -> None:
         if not own:
             unit = ledger.units[number]
-            self.report.wrote(unit.end - unit.begin, ledger.path.name)
+            self.report.advance(unit.end - unit.begin, ledger.path.name)
         ledger.written(number, receipt, journal)
 
 

@@ -10,10 +10,8 @@ from tunesmith.checkpoint import CONFIG_FILE, read_json_object
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity
 from tunesmith.verify.assets.configuration import check_config, shown
-from tunesmith.verify.assets.template import chat_template, check_template
+from tunesmith.verify.assets.template import check_template
 from tunesmith.verify.assets.tokenizer import check_tokenizer, special_token_ids
-
-__all__ = ["chat_template", "check_assets"]
 
 _GENERATION = "generation_config.json"
 _EOS = "eos_token_id"

@@ -168,8 +168,3 @@ def _stated(file: Path) -> dict[str, str]:
     if not isinstance(stated, dict):
         return {}
     return {name: text for name, text in stated.items() if isinstance(name, str) and isinstance(text, str)}
-
-
-def chat_template(folder: Path) -> str | None:
-    """The usual chat template of a directory; None where it has none."""
-    return chat_templates(folder).get(DEFAULT)

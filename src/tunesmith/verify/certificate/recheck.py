@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import threading
 import time
 from pathlib import Path
 
 from tunesmith.checkpoint import hash_files
 from tunesmith.errors import CheckpointError
-from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
+from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, no_progress
 from tunesmith.record import Part, Record
 from tunesmith.verify.certificate.statement import CERTIFICATE_FILE, Certificate, CertifiedAdapter, read_certificate
 from tunesmith.verify.certificate.write import a_loader_reads, visible_files
@@ -93,7 +92,10 @@ def recheck(
     # A certified file may be hidden, where an index names it: what counts is what the certificate says.
     present = {name: directory / name for name in certified if (directory / name).is_file()}
     sizes = sum(path.stat().st_size for path in present.values())
-    found = hash_files(present, tick=_Told(sizes, progress, cancellation or Cancellation()))
+    report = SharedProgress(
+        "verify files", sizes, "bytes", progress=progress, cancellation=cancellation or Cancellation()
+    )
+    found = hash_files(present, tick=report.advance)
     came = [name for name in there if name not in certified]
     changed = tuple(name for name in present if found[name] != certified[name])
     missing = tuple(name for name in certified if name not in present)
@@ -137,18 +139,3 @@ def _certificate(directory: Path) -> Certificate:
 
 def _adapter(one: CertifiedAdapter) -> RecheckedAdapter:
     return RecheckedAdapter(run=one.run, checkpoint=one.checkpoint, weight=one.weight)
-
-
-class _Told:
-    """Progress and the wish to stop, for many threads at once."""
-
-    def __init__(self, total: int, progress: ProgressCallback, cancellation: Cancellation) -> None:
-        self._total, self._progress, self._cancellation = total, progress, cancellation
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, count: int) -> None:
-        self._cancellation.check()
-        with self._lock:
-            self._done += count
-            self._progress(Progress("verify files", self._done, self._total, "bytes"))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from threadpoolctl import threadpool_limits
 
 from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, TensorInfo, as_float64
-from tunesmith.progress import Cancellation, Progress, ProgressCallback
+from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress
 from tunesmith.verify.records import TensorVerdict
 from tunesmith.verify.weights.expected import Expectation, Expected, Interval, Matrix, early_rounding
 from tunesmith.verify.weights.kernel import available, tally_bf16
@@ -120,7 +119,8 @@ def check_weights(
     stored = merged.tensors
     names = [name for name in expectation.names if name in stored and _comparable(stored[name], expectation)]
     parts = [part for name in names for part in _parts(expectation, name, sample=sample)]
-    report = _Reporter(sum(part.elements for part in parts), progress, cancellation)
+    total = sum(part.elements for part in parts)
+    report = SharedProgress("verify weights", total, "elements", progress=progress, cancellation=cancellation)
     parts = [replace(part, compiled=True) for part in parts] if _pays_to_compile(parts, expectation) else parts
     tallies = {name: Tally() for name in names}
     with threadpool_limits(1), _own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
@@ -165,22 +165,6 @@ def _parts(expectation: Expectation, name: str, *, sample: bool) -> list[Part]:
     return [Part(name, start, stop, (stop - start) * expected.columns) for start, stop in rows]
 
 
-class _Reporter:
-    """Progress and the wish to stop, for many threads at once."""
-
-    def __init__(self, total: int, progress: ProgressCallback, cancellation: Cancellation) -> None:
-        self._total, self._progress, self._cancellation = total, progress, cancellation
-        self._done, self._lock = 0, threading.Lock()
-        self.failed = Cancellation()  # our own: the caller's flag is theirs to set
-
-    def looked_at(self, elements: int, name: str) -> None:
-        with self._lock:
-            self._done += elements
-            self._progress(Progress("verify weights", self._done, self._total, "elements", name))
-        self._cancellation.check()
-        self.failed.check()
-
-
 @contextmanager
 def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
     if executor is not None:
@@ -195,7 +179,7 @@ def _tallies(
     merged: Checkpoint,
     expectation: Expectation,
     parts: Sequence[Part],
-    report: _Reporter,
+    report: SharedProgress,
     *,
     own: bool,
 ) -> Iterator[Tally]:
@@ -205,14 +189,14 @@ def _tallies(
     try:
         while True:
             for part in islice(todo, most - len(running)):
-                told = (report.looked_at,) if own else ()
+                told = (report.advance,) if own else ()
                 running.append((part, pool.submit(tally_part, merged, expectation, part, *told)))
             if not running:
                 return
             part, future = running.popleft()
             tally = future.result()
             if not own:
-                report.looked_at(part.elements, part.name)
+                report.advance(part.elements, part.name)
             yield tally
     except BaseException:
         report.failed.cancel()
