@@ -83,8 +83,8 @@ SIZES = {
 }
 
 
-def write_base(directory: Path, size: str) -> Path:
-    """Write a base model, unless it is there."""
+def write_base(directory: Path, size: str, *, hollow: bool = False) -> Path:
+    """Write a base model, unless it is there; a hollow one has holes for weights, which are read as zeros."""
     if (directory / "config.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def write_base(directory: Path, size: str) -> Path:
     weight_map = {}
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write_shard(directory / file, {name: tensors[name] for name in names}, bits)
+        _write_shard(directory / file, {name: tensors[name] for name in names}, None if hollow else bits)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(2 * int(np.prod(shape)) for shape in tensors.values())
@@ -106,8 +106,8 @@ def write_base(directory: Path, size: str) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, size: str, base: Path) -> Path:
-    """Write an adapter of rank 16 on every linear layer, unless it is there."""
+def write_adapter(directory: Path, size: str, base: Path, *, r: int = RANK) -> Path:
+    """Write an adapter on every linear layer, unless it is there."""
     if (directory / "adapter_config.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,18 +115,18 @@ def write_adapter(directory: Path, size: str, base: Path) -> Path:
     for layer in range(shape.layers):
         for name, (rows, columns) in shape.linears.items():
             module = f"base_model.model.model.layers.{layer}.{name}"
-            a = rng.standard_normal((RANK, columns), dtype=np.float32)
-            b = rng.standard_normal((rows, RANK), dtype=np.float32)
+            a = rng.standard_normal((r, columns), dtype=np.float32)
+            b = rng.standard_normal((rows, r), dtype=np.float32)
             tensors[f"{module}.lora_A.weight"] = a
             # 2·B·A, with this deviation of B, has 0.3 % of the weights' 0.02.
-            tensors[f"{module}.lora_B.weight"] = b * np.float32(0.003 * 0.02 / 2 / RANK**0.5)
+            tensors[f"{module}.lora_B.weight"] = b * np.float32(0.003 * 0.02 / 2 / r**0.5)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
+        "r": r,
+        "lora_alpha": 2 * r,
         "target_modules": sorted({name.rpartition(".")[2] for name in shape.linears}),
         "bias": "none",
         "init_lora_weights": True,
@@ -143,7 +143,7 @@ def _split(tensors: dict[str, tuple[int, ...]], shards: int) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], bits: np.ndarray) -> None:
+def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], bits: np.ndarray | None) -> None:
     entries, position = {}, 0
     for name, shape in tensors.items():
         size = 2 * int(np.prod(shape))
@@ -152,6 +152,9 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, ...]], bits: np.ndarr
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
+        if bits is None:
+            file.truncate(file.tell() + position)
+            return
         for number, shape in enumerate(tensors.values()):
             left, start = int(np.prod(shape)), number * 7919 * 64 % _POOL
             while left:

@@ -1,7 +1,10 @@
-"""Write ``docs/cli.md`` from the program's own help, or check that the documents are true.
+"""Write what the program itself can tell into the documents, or check that they are true.
 
-python docs/build.py            write docs/cli.md
-python docs/build.py --check    fail where it is out of date, a link leads nowhere, the two READMEs tell of
+That is ``docs/cli.md``, from the help of every verb, and the tables of ``docs/run-directory.md``, from the catalogue of
+files and its texts.
+
+python docs/build.py            write them
+python docs/build.py --check    fail where they are out of date, a link leads nowhere, the two READMEs tell of
                                 different verbs, or a document names a place on somebody's machine
 """
 
@@ -30,6 +33,13 @@ Data goes to stdout, everything else to stderr; `--json` prints one document wit
 | 130 | interrupted; nothing half-made is left |
 | 141 | whoever read the output went away |
 """
+RUN_DIRECTORY = ROOT / "docs" / "run-directory.md"
+TABLE_HEADS = {
+    "en": ("File", "Written by", "Needed", "Deleted by `--cleanup`", "What it is"),
+    "zh": ("文件", "由谁写入", "用途", "`--cleanup` 会删吗", "说明"),
+}
+GOES = {"en": {True: "yes", False: "no", None: "a copy"}, "zh": {True: "会", False: "不会", None: "只删副本"}}
+_TABLE = "<!-- files {lang}: written by docs/build.py -->\n{table}<!-- end -->"
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 _MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
 
@@ -57,11 +67,44 @@ def _help(arguments: list[str]) -> str:
     return "\n".join(line.rstrip() for line in result.stdout.strip("\n").splitlines())
 
 
+def run_directory_document() -> str:
+    """The hand-written document with both tables of files as the catalogue has them."""
+    document = RUN_DIRECTORY.read_text(encoding="utf-8")
+    for lang in TABLE_HEADS:
+        block = re.compile(re.escape(_TABLE.format(lang=lang, table="@")).replace("@", ".*?"), re.DOTALL)
+        table = _TABLE.format(lang=lang, table=files_table(lang))
+        document, count = block.subn(lambda _, table=table: table, document)
+        if count != 1:
+            raise SystemExit(f"{RUN_DIRECTORY.name} must have one table of files for {lang!r}, and has {count}")
+    return document
+
+
+def files_table(lang: str) -> str:
+    """Every kind of file in the catalogue's order, its patterns together."""
+    from tunesmith.report.texts import text
+    from tunesmith.runs.cleanup import COPIED_KIND, STATE_KINDS
+    from tunesmith.runs.files import CATALOGUE
+
+    kinds = {known.kind: [line for line in CATALOGUE if line.kind == known.kind] for known in CATALOGUE}
+    rows = [TABLE_HEADS[lang], ("---",) * len(TABLE_HEADS[lang])]
+    for kind, lines in kinds.items():
+        writers = dict.fromkeys(text(f"written.{line.written_by}", lang) for line in lines if line.written_by)
+        needs = dict.fromkeys(text(f"needed.{line.needed_for}", lang) for line in lines)
+        patterns = (f"`{line.pattern.replace('[0-9]*', 'N')}`" for line in lines)
+        goes = GOES[lang][None if kind == COPIED_KIND else kind in STATE_KINDS]
+        rows.append(
+            (", ".join(patterns), ", ".join(writers) or "–", ", ".join(needs), goes, text(f"file.{kind}", lang))
+        )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def problems() -> list[str]:
     """What is untrue in the documents."""
     found = []
     if not CLI.exists() or CLI.read_text(encoding="utf-8") != cli_document():
         found.append("docs/cli.md is out of date: run `make docs`")
+    if RUN_DIRECTORY.read_text(encoding="utf-8") != run_directory_document():
+        found.append("docs/run-directory.md is out of date: run `make docs`")
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         text = document.read_text(encoding="utf-8")
         name = document.relative_to(ROOT)
@@ -81,6 +124,7 @@ def main() -> int:
     """Write or check; the exit code is 1 where something is untrue."""
     if "--check" not in sys.argv:
         CLI.write_text(cli_document(), encoding="utf-8")
+        RUN_DIRECTORY.write_text(run_directory_document(), encoding="utf-8")
         return 0
     found = problems()
     for problem in found:

@@ -17,12 +17,13 @@ import tunesmith as ts
 from tunesmith.cli.app import app
 
 NAMES = [
-    "AdapterFacts", "Cancellation", "Cancelled", "ChatTurn", "Comparison", "Conversation", "DemoResult", "Finding",
-    "Forecast", "Generation", "GenerationSettings", "Health", "Inspection", "MergePlan", "Merged", "Message",
-    "Progress", "Recheck", "Reply", "Report", "Run", "TunesmithError", "VariantSet", "Verdict", "__version__",
-    "compare", "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge",
-    "open_run", "output_file", "plan_merge", "read_conversations", "recheck", "report", "text", "to_markdown",
-    "train", "verdict_sentence", "verify", "word_diff", "write_comparison",
+    "AdapterFacts", "Cancellation", "Cancelled", "Candidate", "ChatTurn", "CheckpointChoice", "Cleaned", "Cleanup",
+    "Comparison", "Conversation", "DemoResult", "Finding", "Forecast", "Generation", "GenerationSettings", "Health",
+    "Inspection", "MergePlan", "Merged", "Message", "Progress", "Recheck", "Reply", "Report", "Run", "RunFile",
+    "TunesmithError", "VariantSet", "Verdict", "__version__", "apply_cleanup", "checkpoints", "compare",
+    "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge", "open_run",
+    "output_file", "plan_cleanup", "plan_merge", "read_conversations", "recheck", "report", "text", "to_markdown",
+    "train", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_inspection",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -37,6 +38,10 @@ CLI_ONLY = {
     ("chat", "prompt"): "what is asked",
     ("chat", "system"): "what is asked",
     ("compare", "out"): "the library returns the record",
+    ("inspect", "apply"): "the library's apply_cleanup",
+    ("inspect", "cleanup"): "the library's plan_cleanup",
+    ("inspect", "html"): "the library's write_inspection",
+    ("inspect", "yes"): "a question to a person",
     ("merge", "dry_run"): "the library's plan_merge alone",
     ("merge", "out"): "required in both",
     ("merge", "record"): "the library returns the record",

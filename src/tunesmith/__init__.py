@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.api import ChatTurn as ChatTurn
     from tunesmith.api import Inspection as Inspection
     from tunesmith.api import Report as Report
+    from tunesmith.api import checkpoints as checkpoints
     from tunesmith.api import compare as compare
     from tunesmith.api import compute_dtype as compute_dtype
     from tunesmith.api import inspect as inspect
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from tunesmith.api import verdict_sentence as verdict_sentence
     from tunesmith.api import verify as verify
     from tunesmith.api import write_comparison as write_comparison
+    from tunesmith.api import write_inspection as write_inspection
+    from tunesmith.compare import Candidate as Candidate
+    from tunesmith.compare import CheckpointChoice as CheckpointChoice
     from tunesmith.compare import Comparison as Comparison
     from tunesmith.compare import Reply as Reply
     from tunesmith.compare import to_markdown as to_markdown
@@ -60,8 +64,13 @@ if TYPE_CHECKING:
     from tunesmith.record import Finding as Finding
     from tunesmith.report import finding_text as finding_text
     from tunesmith.report import text as text
+    from tunesmith.runs import Cleaned as Cleaned
+    from tunesmith.runs import Cleanup as Cleanup
     from tunesmith.runs import Run as Run
+    from tunesmith.runs import RunFile as RunFile
+    from tunesmith.runs import apply_cleanup as apply_cleanup
     from tunesmith.runs import open_run as open_run
+    from tunesmith.runs import plan_cleanup as plan_cleanup
     from tunesmith.verify import Recheck as Recheck
     from tunesmith.verify import Verdict as Verdict
 
@@ -71,7 +80,11 @@ _HOME = {
     "AdapterFacts": "adapter",
     "Cancellation": "progress",
     "Cancelled": "errors",
+    "Candidate": "compare",
     "ChatTurn": "api",
+    "CheckpointChoice": "compare",
+    "Cleaned": "runs",
+    "Cleanup": "runs",
     "Comparison": "compare",
     "Conversation": "conversations",
     "DemoResult": "demo",
@@ -89,9 +102,12 @@ _HOME = {
     "Reply": "compare",
     "Report": "api",
     "Run": "runs",
+    "RunFile": "runs",
     "TunesmithError": "errors",
     "VariantSet": "models",
     "Verdict": "verify",
+    "checkpoints": "api",
+    "apply_cleanup": "runs",
     "compare": "api",
     "compute_dtype": "api",
     "demo": "demo",
@@ -103,6 +119,7 @@ _HOME = {
     "merge": "api",
     "open_run": "runs",
     "output_file": "api",
+    "plan_cleanup": "runs",
     "plan_merge": "merge",
     "read_conversations": "conversations",
     "recheck": "api",
@@ -114,6 +131,7 @@ _HOME = {
     "verify": "api",
     "word_diff": "compare",
     "write_comparison": "api",
+    "write_inspection": "api",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -9,10 +9,29 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunesmith.adapter import Adapter, AdapterFacts, LowRank, Stack, describe
+from tunesmith.adapter import Adapter, AdapterFacts, LowRank, Stack, describe, misfit
 from tunesmith.allocator import give_memory_back
-from tunesmith.checkpoint import Checkpoint, cache_dir, locate_base, sha256_of, view_of, weights_sha256, write_error
-from tunesmith.compare import Comparison, VariantInfo, to_markdown
+from tunesmith.checkpoint import (
+    Checkpoint,
+    cache_dir,
+    hash_files,
+    listing_sha256,
+    locate_base,
+    sha256_of,
+    view_of,
+    weights_files,
+    weights_sha256,
+    write_error,
+)
+from tunesmith.compare import (
+    CheckpointChoice,
+    Comparison,
+    VariantInfo,
+    choose_checkpoint,
+    choose_from_record,
+    saved_adapters,
+    to_markdown,
+)
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts, read_conversations
 from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, DataError, OutputError
@@ -29,8 +48,8 @@ from tunesmith.models import (
     write_calibration_text,
 )
 from tunesmith.models import compute_dtype as measure_compute_dtype
-from tunesmith.progress import Cancellation, ProgressCallback, no_progress
-from tunesmith.record import Finding, Record
+from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, no_progress
+from tunesmith.record import Finding, Record, Value
 from tunesmith.report import eval_loss_png, finding_text, loss_png, text
 from tunesmith.report import write_report as write_html
 from tunesmith.runs import FINAL, Run, RunCheckpoint, as_run, checkpoint_of, open_run, tokenizer_dir
@@ -54,24 +73,36 @@ Prompts = StrPath | Sequence[Conversation]
 MERGED = "merged"
 SHOWN_PROMPTS = 8
 
+_GRAVEST = ("error", "warning", "info", "ok")
+
 
 class Inspection(Record):
     """A run, its adapter and the base they belong to.
 
     Attributes:
         run: the run directory.
-        adapter: the inspected adapter.
+        adapter: the inspected adapter; None where it cannot be read.
         checkpoint: which of the run's adapters that is.
         base: the base's directory; None where it is not at hand.
+        base_sha256: the hash of its weights, as a run records it; None where it was not asked for.
         forecast: what rounding would keep of the update in a merge; None without the base, or where nothing that can
             be merged was sampled.
+        findings: what looks wrong with the adapter or with its base; the run's own are in the run.
     """
 
     run: Run
-    adapter: AdapterFacts
+    adapter: AdapterFacts | None
     checkpoint: str
     base: str | None = None
+    base_sha256: str | None = None
     forecast: Forecast | None = None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def health(self) -> tuple[Finding, ...]:
+        """All findings: of the run, of the adapter, and of what they have to do with the base; the gravest first."""
+        own = self.adapter.findings if self.adapter else ()
+        return tuple(sorted((*self.run.findings, *own, *self.findings), key=lambda one: _GRAVEST.index(one.severity)))
 
 
 class ChatTurn(Record):
@@ -119,36 +150,92 @@ def base_of(
     return name, locate_base(name, relative_to=Path(run.path).parent, fetch=fetch, progress=progress)
 
 
-def inspect(run: Run | StrPath, *, base: str | None = None, checkpoint: str | int | None = None) -> Inspection:
+def inspect(
+    run: Run | StrPath,
+    *,
+    base: str | None = None,
+    checkpoint: str | int | None = None,
+    thorough: bool = False,
+    progress: ProgressCallback = no_progress,
+) -> Inspection:
     """Describe a run and one of its adapters, from headers, logs and the adapter's own factors.
 
     Args:
-        run: a run, or its directory.
+        run: a run, its directory, or a hub id.
         base: the base model; None for the one that the adapter names, where that is at hand.
         checkpoint: which adapter; None for the last.
+        thorough: measure every module of a large adapter, not a sample of them, and hash the base's weights, to hold
+            them against what the run recorded.
+        progress: told of bytes hashed.
 
     Raises:
         RunError: not a run.
-        AdapterError: the adapter cannot be read.
         BaseModelError: ``base`` was given and is not there.
     """
-    run = as_run(run)
+    run = as_run(run, progress=progress)
     chosen = run.checkpoints[-1] if checkpoint is None else checkpoint_of(run, checkpoint)
-    adapter = Adapter(chosen.path)
-    model = None
+    findings: list[Finding] = []
+    model = _base_at_hand(run, base)
+    adapter = facts = digest = None
     try:
-        _, base_dir = base_of(run, chosen, base, fetch=False)
-        model = Checkpoint(base_dir)
+        adapter = Adapter(chosen.path)
+        facts = describe(adapter, model, **({"budget_bytes": None} if thorough else {}))
+    except (AdapterError, CheckpointError) as error:
+        params: dict[str, Value] = {"checkpoint": chosen.name, "what": error.what, "where": error.where}
+        params |= {"expected": error.expected, "found": error.found}
+        findings.append(Finding(code="adapter_unreadable", severity="error", params=params))
+    if adapter and model:
+        findings += misfit(adapter, model)
+    if model and thorough:
+        digest = _hashed(model, progress)
+        if run.base_sha256:
+            same = digest == run.base_sha256
+            code = "base_is_recorded" if same else "base_is_another"
+            params = {"recorded": run.base_sha256[:12], "found": digest[:12]}
+            findings.append(Finding(code=code, severity="ok" if same else "error", params=params))
+    return Inspection(
+        run=run,
+        adapter=facts,
+        checkpoint=chosen.name,
+        base=str(model.path.resolve()) if model else None,
+        base_sha256=digest,
+        forecast=_forecast(chosen.path, model) if model and adapter else None,
+        findings=tuple(findings),
+    )
+
+
+def write_inspection(inspection: Inspection, out: StrPath) -> Path:
+    """Write an inspection as one self-contained HTML file, in both languages.
+
+    Args:
+        inspection: what :func:`inspect` returned.
+        out: the HTML file; its name ends in ``.html``.
+
+    Raises:
+        OutputError: ``out`` cannot be written.
+    """
+    target = output_file(out, suffixes=(".html",))
+    with _writing(target):
+        write_html(target, run=inspection.run, adapter=inspection.adapter, health=inspection.health)
+    return target
+
+
+def _base_at_hand(run: Run, base: str | None) -> Checkpoint | None:
+    """The base that is asked for, or the one that the run names, where it need not be fetched."""
+    name = base or run.base_model
+    try:
+        return Checkpoint(locate_base(name, relative_to=Path(run.path).parent, fetch=False)) if name else None
     except (BaseModelError, CheckpointError):
         if base is not None:
             raise
-    return Inspection(
-        run=run,
-        adapter=describe(adapter, model),
-        checkpoint=chosen.name,
-        base=str(model.path.resolve()) if model else None,
-        forecast=_forecast(chosen.path, model) if model else None,
-    )
+        return None
+
+
+def _hashed(base: Checkpoint, progress: ProgressCallback) -> str:
+    files = {file.name: file for file in weights_files(base.path)}
+    total = sum(file.stat().st_size for file in files.values())
+    hashed = SharedProgress("hash base model", total, "bytes", progress=progress, cancellation=Cancellation())
+    return listing_sha256(hash_files(files, tick=hashed.advance))
 
 
 def _forecast(adapter: str, base: Checkpoint) -> Forecast | None:
@@ -314,6 +401,70 @@ def compare(
         run_name=run.name,
         settings=GenerationSettings(greedy=greedy, max_new_tokens=max_new_tokens),
         scored_rows=[row for row in (rows or asked) if row.answer is not None],
+        progress=progress,
+        cancellation=cancellation,
+    )
+
+
+def checkpoints(
+    run: Run | StrPath,
+    data: Prompts | None = None,
+    *,
+    base: str | None = None,
+    only: Sequence[str] | None = None,
+    answers: int = 4,
+    max_new_tokens: int = 256,
+    dtype: str = "auto",
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> CheckpointChoice:
+    """Score the base and every checkpoint on held-out rows, and name the one to take, with its reason.
+
+    The base is in memory once, and one adapter at a time beside it.
+
+    Args:
+        run: a run, or its directory.
+        data: a file of rows, or conversations; those with an answer are scored.  None for the run's own held-out rows;
+            where it keeps none, nothing is scored, and the answer is what the trainer recorded.
+        base: the base model; None for the one that the adapter names.
+        only: which checkpoints: ``checkpoint-N``, ``N`` or ``final``; None for all.
+        answers: to how many of the rows the recommended, the best and the last one write a greedy answer, whose lengths
+            are compared; 0 for none.
+        max_new_tokens: limit of these answers.
+        dtype: of the arithmetic; ``auto`` is measured.
+        progress: told of the work's parts.
+        cancellation: read between tokens and batches.
+
+    Raises:
+        DataError: the file cannot be read, or none of its rows has an answer.
+        RunError: the run has no such checkpoint.
+        BaseModelError: the base cannot be found.
+        AdapterError: no adapter can be read, or one does not fit the base.
+    """
+    run = as_run(run)
+    asked = {checkpoint_of(run, name).name for name in only} if only else None
+    kept = [one for one in run.checkpoints if asked is None or one.name in asked]
+    rows = [row for row in (_rows(data) if data is not None else held_out_rows(run)) if row.answer is not None]
+    if data is not None and not rows:
+        raise DataError(
+            "None of the rows has an answer that could be scored.",
+            where=data if isinstance(data, str | os.PathLike) else None,
+            expected="rows with an instruction and an output, or conversations that end with the assistant's turn",
+        )
+    saved = saved_adapters(kept, progress=progress, cancellation=cancellation)
+    if not rows:
+        return choose_from_record(saved, run=run)
+    names = {candidate.name for candidate in saved.candidates}
+    readable = run.model_copy(update={"checkpoints": tuple(one for one in kept if one.name in names)})
+    variants, _ = load_variants(readable, [BASE], base=base, dtype=dtype, progress=progress)
+    return choose_checkpoint(
+        variants,
+        saved,
+        rows,
+        run=run,
+        rows_from="held_out" if data is None else "given",
+        answers=answers,
+        max_new_tokens=max_new_tokens,
         progress=progress,
         cancellation=cancellation,
     )
@@ -560,6 +711,7 @@ class Report(Record):
         path: the HTML file.
         run: the run.
         adapter: the described adapter; None where it cannot be read.
+        choice: which checkpoint to take, where that was asked.
         comparison: variants side by side.
         merged: the merge, where its record was at hand.
         verdict: the verification, where there is a merged model.
@@ -568,6 +720,7 @@ class Report(Record):
     path: str
     run: Run
     adapter: AdapterFacts | None
+    choice: CheckpointChoice | None = None
     comparison: Comparison
     merged: Merged | None
     verdict: Verdict | None
@@ -580,6 +733,7 @@ def report(
     merged: Merged | StrPath | None = None,
     base: str | None = None,
     checkpoint: str | int = FINAL,
+    choice: CheckpointChoice | StrPath | None = None,
     comparison: Comparison | StrPath | None = None,
     verdict: Verdict | StrPath | None = None,
     merge_record: StrPath | None = None,
@@ -595,6 +749,7 @@ def report(
         merged: what :func:`merge` returned, or the merged model's directory; None where there is none yet.
         base: the base model; None for the one that the adapter names.
         checkpoint: which adapter it is about.
+        choice: what :func:`checkpoints` returned, or a file of it; None to leave it out.
         comparison: what :func:`compare` returned, or a file of it; None to compare now.
         verdict: what :func:`verify` returned, or a file of it; None to verify now, where ``merged`` is given.
         merge_record: a file of what :func:`merge` returned, for the merge's own figures.
@@ -612,6 +767,8 @@ def report(
     # All files first: a wrong one is not to be found out after minutes of work.
     if merge_record is not None:
         merged = Merged.read(merge_record)
+    if choice is not None and not isinstance(choice, CheckpointChoice):
+        choice = CheckpointChoice.read(choice)
     if comparison is not None and not isinstance(comparison, Comparison):
         comparison = Comparison.read(comparison)
     if verdict is not None and not isinstance(verdict, Verdict):
@@ -628,10 +785,12 @@ def report(
         )
     if comparison is None:
         comparison = compare(run, (BASE, chosen), base=base, dtype=dtype, progress=progress, cancellation=cancellation)
+    inspection = inspect(run, base=base, checkpoint=checkpoint)
     result = Report(
         path=str(target),
         run=run,
-        adapter=_adapter_facts(run, base, checkpoint),
+        adapter=inspection.adapter,
+        choice=choice,
         comparison=comparison,
         merged=merged if isinstance(merged, Merged) else None,
         verdict=verdict,
@@ -641,6 +800,8 @@ def report(
             target,
             run=run,
             adapter=result.adapter,
+            health=inspection.health,
+            choice=choice,
             comparison=comparison,
             merged=result.merged,
             verdict=verdict,
@@ -705,13 +866,6 @@ def verdict_sentence(verdict: Verdict, lang: str = "en") -> str:
         return finding_text(verdict.causes[0], lang)
     about = {"merged": verdict.merged, "base": verdict.base_model, "checkpoint": verdict.checkpoint}
     return text(f"verdict.{verdict.answer}.sentence", lang, **about)
-
-
-def _adapter_facts(run: Run, base: str | None, checkpoint: str | int) -> AdapterFacts | None:
-    try:
-        return inspect(run, base=base, checkpoint=checkpoint).adapter
-    except (AdapterError, CheckpointError):
-        return None
 
 
 def held_out_rows(run: Run) -> list[Conversation]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from tunesmith.errors import DataError, OutputError
 
@@ -28,9 +29,21 @@ class Record(Part):
 
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """The record as an indented JSON document (UTF-8 text, one final newline)."""
-        return self.model_dump_json(indent=2) + "\n"
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The record as a JSON document (UTF-8 text, one final newline).
+
+        Args:
+            indent: spaces a level; None puts it on one line.
+
+        Raises:
+            DataError: it names a file whose name is not UTF-8.
+        """
+        try:
+            return self.model_dump_json(indent=indent) + "\n"
+        except PydanticSerializationError as error:  # the file system hands such names on as lone surrogates
+            raise DataError(
+                "A file's name is not UTF-8, so JSON cannot hold it.", next_step="rename the file, or leave JSON out"
+            ) from error
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the record to ``path`` whole or not at all.

@@ -28,7 +28,6 @@ from tunesmith.errors import CheckpointError
 STRICTER = {
     "a duplicate key": "readers differ in which of the two they take",
     "an unknown field": "a later version of the format could mean something by it",
-    "null metadata": "the format says a map of strings",
     "white space before the header": "the format says that it begins with a brace",
     "a shape that no array has": "more than 32 sizes, or an empty tensor whose other sizes no array library takes",
 }
@@ -264,8 +263,6 @@ def _why_stricter(error: CheckpointError) -> str:
         return "a duplicate key"
     if str(error.expected).startswith("dtype, shape and data_offsets for"):
         return "an unknown field"
-    if error.expected == "string-only __metadata__" and error.found == "None":
-        return "null metadata"
     if str(error.expected).startswith("a shape that an array can have"):
         return "a shape that no array has"
     if error.expected == "a header that starts with '{'" and re.match(r"b['\"]( |\\t|\\n|\\r)", str(error.found)):

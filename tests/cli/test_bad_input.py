@@ -79,12 +79,15 @@ def test_base_that_is_not_there(cli: Cli, run_dir: Path, tmp_path: Path) -> None
 
 
 def test_truncated_adapter(cli: Cli, own_run: Path, tmp_path: Path) -> None:
-    """A copy that ended early is told from a wrong file."""
+    """Nothing is merged of it, and inspect shows the rest of the run and what is wrong with it."""
     truncate(own_run / "adapter_model.safetensors")
     before = tree(tmp_path)
-    for arguments in (["inspect", own_run], ["merge", own_run, "--out", tmp_path / "out"]):
-        refused(cli(*arguments), "adapter_model.safetensors")
+    refused(cli("merge", own_run, "--out", tmp_path / "out"), "adapter_model.safetensors")
     assert tree(tmp_path) == before
+    shown = cli("inspect", own_run)
+    assert shown.code == 0
+    assert "cannot be read" in shown.out
+    assert str(own_run / "adapter_model.safetensors") in shown.out
 
 
 def test_truncated_base(cli: Cli, run_dir: Path, own_base: Path, tmp_path: Path) -> None:
@@ -95,10 +98,13 @@ def test_truncated_base(cli: Cli, run_dir: Path, own_base: Path, tmp_path: Path)
     assert tree(tmp_path) == before
 
 
-def test_adapter_config_that_is_no_json(cli: Cli, own_run: Path) -> None:
+def test_adapter_config_that_is_no_json(cli: Cli, own_run: Path, tmp_path: Path) -> None:
     """The file is named."""
     (own_run / "adapter_config.json").write_text('{"r": 8,')
-    refused(cli("inspect", own_run), "adapter_config.json")
+    refused(cli("merge", own_run, "--out", tmp_path / "out"), "adapter_config.json")
+    shown = cli("inspect", own_run)
+    assert shown.code == 0
+    assert "`adapter_config.json` breaks off" in shown.out
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_inspect_prints_facts_and_the_next_command(cli: Cli, run_dir: Path) -> N
     assert "r = 2, alpha = 8, scaling = 4" in done.out or "r = 4, alpha = 8, scaling = 2" in done.out
     assert "adapter_model.safetensors" in done.out
     assert "checkpoint-10" in done.out
-    assert f"Next: tunesmith compare {run_dir}" in done.out
+    assert f"Next: tunesmith checkpoints {run_dir}" in done.out
     assert ESCAPE not in done.out
 
 

@@ -356,3 +356,65 @@ def test_a_base_changed_behind_autograds_back_is_noticed(
     monkeypatch.setattr("tunesmith.models.variants.PLAIN_INITS", ("olora",))
     with pytest.raises(UnsupportedAdapterError, match="weights of the base itself"):
         load(tiny, adapters={"a": adapter})
+
+
+def live_tensors(variants: VariantSet) -> set[int]:
+    """The storage of every parameter in memory, adapters included."""
+    with variants.active("base") as (model, _):
+        return {weight.data_ptr() for weight in model.parameters()}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_attached_adapters_come_and_go_one_after_another(tiny: TinyRun, tmp_path: Path, config: dict[str, Any]) -> None:
+    """Each is plain PEFT's while it is there, beside one that stays; then nothing of it is left in memory."""
+    other = build_adapter(tiny.base, tmp_path / "other", seed=5, **config)
+    for adapters in ({}, {"stays": tiny.adapters["checkpoint-10"]}):
+        variants = load(tiny, adapters=adapters)
+        tensors = len(live_tensors(variants))
+        for path in (other, tiny.adapters["final"], other):
+            with variants.attached("guest", path) as guest:
+                assert variants.variants[-1] == guest
+                assert torch.equal(active_logits(variants, "guest"), alone(tiny, path))
+                assert len(live_tensors(variants)) > tensors
+            assert variants.names == ("base", *adapters)
+            assert len(live_tensors(variants)) == tensors
+            assert torch.equal(active_logits(variants, "base"), alone(tiny, None))
+            for name, adapter in adapters.items():
+                assert torch.equal(active_logits(variants, name), alone(tiny, adapter))
+
+
+def test_attached_token_rows_come_and_go(tiny: TinyRun, tmp_path: Path) -> None:
+    """PEFT cannot have them beside an adapter without; alone, and after one, it can."""
+    rows = build_adapter(tiny.base, tmp_path / "rows", seed=5, trainable_token_indices=[40, 41])
+    variants = load(tiny)
+    for path in (rows, tiny.adapters["final"], rows):
+        with variants.attached("guest", path):
+            assert torch.equal(active_logits(variants, "guest"), alone(tiny, path))
+        assert torch.equal(active_logits(variants, "base"), alone(tiny, None))
+
+
+def test_an_attached_adapter_goes_after_an_exception_too(tiny: TinyRun) -> None:
+    """A cancelled work leaves the set as it was, and the name is free again."""
+    variants = load(tiny)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), variants.attached("guest", tiny.adapters["final"]):
+            raise ZeroDivisionError
+        assert variants.names == ("base",)
+        with pytest.raises(DataError, match="no such variant"), variants.active("guest"):
+            pass
+    assert torch.equal(active_logits(variants, "base"), alone(tiny, None))
+
+
+def test_an_adapter_that_cannot_be_attached_leaves_nothing(tiny: TinyRun, tmp_path: Path) -> None:
+    """Of another base, or by a name that is taken; what was there answers as before."""
+    build_base(tmp_path / "wide", hidden_size=32)
+    misfit = build_adapter(tmp_path / "wide", tmp_path / "misfit", seed=1)
+    variants = load(tiny, adapters={"final": tiny.adapters["final"]})
+    tensors = len(live_tensors(variants))
+    with pytest.raises(AdapterMismatchError), variants.attached("guest", misfit):
+        pass
+    with pytest.raises(DataError, match="same name"), variants.attached("final", misfit):
+        pass
+    assert variants.names == ("base", "final")
+    assert len(live_tensors(variants)) == tensors
+    assert torch.equal(active_logits(variants, "final"), alone(tiny, tiny.adapters["final"]))

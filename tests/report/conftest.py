@@ -9,11 +9,11 @@ from typing import TypedDict
 import pytest
 
 from tunesmith.adapter.records import AdapterFacts, Binding, LowRank, ModuleFacts
-from tunesmith.compare import Comparison, Reply, Score, VariantInfo
+from tunesmith.compare import Candidate, CheckpointChoice, Comparison, Estimate, Reply, Score, VariantInfo
 from tunesmith.conversations import Conversation, Message
 from tunesmith.merge.records import Asset, Ingredient, Kept, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
-from tunesmith.record import Finding
-from tunesmith.runs import LogRow, Run, RunCheckpoint, RunFile
+from tunesmith.record import Finding, Value
+from tunesmith.runs import LogRow, Overruled, Run, RunCheckpoint, RunFile, Setting
 from tunesmith.verify import BehaviourRow, Level, TensorVerdict, Verdict
 
 LAYERS = 30
@@ -117,10 +117,10 @@ def make_log(seed: int = 7) -> tuple[LogRow, ...]:
     for step in range(1, 61):
         loss = 0.62 + 2.5 * math.exp(-step / 13) + noise.gauss(0, 0.11)
         rate = 5e-4 * min(1.0, step / 6) * 0.5 * (1 + math.cos(math.pi * step / 60))
-        rows.append(LogRow(step=step, epoch=step / 20, loss=loss, learning_rate=rate, source="trainer_log.jsonl"))
+        rows.append(LogRow(step=step, epoch=step / 20, loss=loss, learning_rate=rate, sources=("trainer_log.jsonl",)))
         if step % 10 == 0:
             held_out = 0.86 + 2.1 * math.exp(-step / 15) + 0.011 * max(0, step - 40)
-            rows.append(LogRow(step=step, epoch=step / 20, eval_loss=held_out, source="trainer_log.jsonl"))
+            rows.append(LogRow(step=step, epoch=step / 20, eval_loss=held_out, sources=("trainer_log.jsonl",)))
     return tuple(rows)
 
 
@@ -161,6 +161,20 @@ def make_files() -> tuple[RunFile, ...]:
     )
 
 
+def recorded(**values: Value) -> tuple[Setting, ...]:
+    """Settings of the manifest; of the learning rate another file says otherwise."""
+    other = Overruled(value=1e-4, source="training_args.yaml")
+    return tuple(
+        Setting(
+            name=name,
+            value=value,
+            source="tunesmith_run.json",
+            overruled=(other,) if name == "learning_rate" else (),
+        )
+        for name, value in values.items()
+    )
+
+
 @pytest.fixture
 def run() -> Run:
     """A healthy run of sixty steps."""
@@ -189,25 +203,25 @@ def run() -> Run:
         files=make_files(),
         checkpoints=(*saved, final),
         log=log,
-        hyperparameters={
-            "dataset": "security_reports.jsonl",
-            "train_rows": 320,
-            "held_out_rows": 40,
-            "seed": 42,
-            "learning_rate": 5e-4,
-            "num_train_epochs": 3,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 4,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.1,
-            "lora_dropout": 0.0,
-            "max_grad_norm": 1.0,
-            "bf16": True,
-            "version_torch": "2.13.0",
-            "version_transformers": "5.6.2",
-            "version_peft": "0.18.1",
-            "version_tunesmith": "0.1.0",
-        },
+        settings=recorded(
+            dataset="security_reports.jsonl",
+            train_rows=320,
+            held_out_rows=40,
+            seed=42,
+            learning_rate=5e-4,
+            num_train_epochs=3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=4,
+            lr_scheduler_type="cosine",
+            warmup_ratio=0.1,
+            lora_dropout=0.0,
+            max_grad_norm=1.0,
+            bf16=True,
+            version_torch="2.13.0",
+            version_transformers="5.6.2",
+            version_peft="0.18.1",
+            version_tunesmith="0.1.0",
+        ),
         findings=(Finding(code="overfitting", severity="warning", params={"step": 40, "best": 1.006, "last": 1.118}),),
         metrics={"train_loss": 1.0231, "eval_loss": 0.9512, "train_runtime": 312.4, "train_samples_per_second": 3.07},
         held_out="held_out.jsonl",
@@ -220,7 +234,12 @@ def adapter(run: Run) -> AdapterFacts:
     noise = noise_of(3)
     modules = tuple(
         ModuleFacts(
-            module=name, r=8, scaling=2.0, delta_norm=0.06 + 0.2 * noise.random() + 0.004 * index, base_norm=32.0
+            module=name,
+            r=8,
+            scaling=2.0,
+            delta_norm=0.06 + 0.2 * noise.random() + 0.004 * index,
+            base_norm=32.0,
+            effective_rank=4 + 3 * noise.random(),
         )
         for index, name in enumerate(MODULES)
     )
@@ -234,6 +253,7 @@ def adapter(run: Run) -> AdapterFacts:
         use_rslora=False,
         target_modules=tuple(sorted(target.split(".")[1] for target in TARGETS)),
         modules=modules,
+        measured=len(modules),
         parameters=4_884_480,
         dtype="F32",
         size_bytes=19_593_528,
@@ -478,3 +498,30 @@ def bad_verdict() -> Verdict:
 def parts(run: Run, adapter: AdapterFacts, comparison: Comparison, merged: Merged, good_verdict: Verdict) -> Parts:
     """A complete report's arguments."""
     return {"run": run, "adapter": adapter, "comparison": comparison, "merged": merged, "verdict": good_verdict}
+
+
+@pytest.fixture
+def choice() -> CheckpointChoice:
+    """The base and three checkpoints, of which the second is taken; ``final`` is the third's copy."""
+    losses = {"base": 2.0, "checkpoint-20": 1.4, "checkpoint-40": 1.1, "checkpoint-60": 1.15}
+    candidates = [
+        Candidate(
+            name=name,
+            step=int(name.partition("-")[2]) if "-" in name else None,
+            loss=Estimate(value=loss, low=loss - 0.05, high=loss + 0.05),
+            to_best=None if name == "checkpoint-40" else Estimate(value=loss - 1.1, low=loss - 1.12, high=loss - 1.08),
+            trainers_best=name == "checkpoint-60",
+            answer_tokens=120.0 if name == "checkpoint-40" else None,
+        )
+        for name, loss in losses.items()
+    ]
+    return CheckpointChoice(
+        run="run",
+        candidates=(*candidates, Candidate(name="final", step=60, same_as="checkpoint-60")),
+        recommended="checkpoint-40",
+        reason=Finding(code="run_unfinished", severity="info", params={"checkpoint": "checkpoint-40"}),
+        best="checkpoint-40",
+        rows_from="held_out",
+        rows=40,
+        tokens=2_000,
+    )

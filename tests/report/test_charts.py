@@ -38,6 +38,28 @@ def test_smoothing_equals_the_closed_form_of_the_moving_average() -> None:
     assert smooth([]) == []
 
 
+@pytest.mark.parametrize(
+    ("losses", "drawn"),
+    [
+        ([2.0, 1.0], {0: 2.0, 1: 1.0449625374620921}),
+        (
+            [4.385, 4.0014, 3.5599, 3.4589, 3.387, 3.1831, 3.16, 3.1433, 3.1912, 3.1756, 3.0378, 3.0817],
+            {0: 4.385, 1: 4.101972766322787, 6: 3.1825168354118727, 10: 3.0743229628040565, 11: 3.0797658784200674},
+        ),
+        (
+            [round(3 / (1 + i / 20) + ((i * 7919) % 13 - 6) / 20, 4) for i in range(200)],
+            {1: 2.695706494376579, 100: 0.5348124789303484, 198: 0.2634146568853911, 199: 0.27448222780684883},
+        ),
+    ],
+    ids=["two", "demo", "long"],
+)
+def test_smoothing_equals_llama_factorys(losses: list[float], drawn: dict[int, float]) -> None:
+    """What ``llamafactory.extras.ploting.smooth`` of LLaMA-Factory 0.9.5 returned for these losses."""
+    smoothed = smooth(losses)
+    assert len(smoothed) == len(losses)
+    assert {place: smoothed[place] for place in drawn} == pytest.approx(drawn, rel=1e-14)
+
+
 def test_the_loss_chart_draws_every_logged_loss_and_every_checkpoint(run: Run) -> None:
     """Sixty training losses, as many smoothed ones, six held-out losses and three rules."""
     spec = loss_spec(run)
@@ -47,7 +69,7 @@ def test_the_loss_chart_draws_every_logged_loss_and_every_checkpoint(run: Run) -
 
 def test_losses_that_are_not_finite_are_left_out_of_the_chart(run: Run) -> None:
     """A specification is JSON, which has no NaN."""
-    broken = (LogRow(step=61, loss=math.nan, source="log"), LogRow(step=62, eval_loss=math.inf, source="log"))
+    broken = (LogRow(step=61, loss=math.nan, sources=("log",)), LogRow(step=62, eval_loss=math.inf, sources=("log",)))
     spec = loss_spec(run.model_copy(update={"log": run.log + broken}))
     assert spec == loss_spec(run)
     json.dumps(spec, allow_nan=False)
@@ -99,6 +121,20 @@ def test_the_heatmap_hatches_where_there_is_no_adapter(adapter: AdapterFacts) ->
     spec = heatmap_spec(adapter.model_copy(update={"modules": adapter.modules[1:]}))
     assert spec is not None
     assert spec["layer"][1]["data"]["values"] == [{"layer": 0, "module": "self_attn.q_proj"}]
+
+
+def test_the_heatmap_crosses_what_never_moved_and_leaves_blank_what_was_not_measured(adapter: AdapterFacts) -> None:
+    """Neither is a gap, and neither stretches the scale of colours down to nothing."""
+    still, unread, *rest = adapter.modules
+    still = still.model_copy(update={"delta_norm": 1e-9, "moved": False})
+    unread = unread.model_copy(update={"delta_norm": None, "base_norm": None})
+    spec = heatmap_spec(adapter.model_copy(update={"modules": (still, unread, *rest)}))
+    assert spec is not None
+    cells, gaps, crosses = (layer["data"]["values"] for layer in spec["layer"])
+    assert len(cells) == len(rest)
+    assert gaps == []
+    assert crosses == [{"layer": 0, "module": "self_attn.q_proj"}]
+    assert spec["layer"][0]["encoding"]["color"]["scale"]["domain"][0] == 0.001
 
 
 def test_an_adapter_without_base_norms_has_no_heatmap(adapter: AdapterFacts) -> None:

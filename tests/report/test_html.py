@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.compare import CheckpointChoice
 from tunesmith.conversations import Conversation, Message
 from tunesmith.record import Finding
 from tunesmith.report import render_report, text, write_report
 from tunesmith.report.escaping import prose, visible
-from tunesmith.runs import RunFile
+from tunesmith.runs import Overruled, RunFile, Setting
 from tunesmith.verify import BehaviourRow, Divergence, Verdict
 
 from .conftest import Parts
@@ -106,7 +107,12 @@ def hostile(parts: Parts) -> Parts:
                 "path": f"/tmp/{HOSTILE}",  # noqa: S108 - a name, not a file
                 "base_model": HOSTILE,
                 "files": (*run.files, bad_file),
-                "hyperparameters": {HOSTILE: HOSTILE, f"version_{HOSTILE}": HOSTILE, "dataset": HOSTILE},
+                "settings": tuple(
+                    Setting(
+                        name=name, value=HOSTILE, source=HOSTILE, overruled=(Overruled(value=HOSTILE, source=HOSTILE),)
+                    )
+                    for name in (HOSTILE, f"version_{HOSTILE}", "dataset")
+                ),
                 "findings": (Finding(code="file_unreadable", severity="warning", params={"file": HOSTILE}),),
             }
         ),
@@ -133,6 +139,7 @@ def test_a_complete_report_shows_every_part(parts: Parts) -> None:
         "effect",
         "outputs",
         "run",
+        "adapter",
         "loss",
         "checkpoints",
         "files",
@@ -179,12 +186,62 @@ def test_what_nearest_would_have_kept_is_shown_where_it_was_not_taken(parts: Par
 def test_a_report_of_a_run_alone_renders(parts: Parts) -> None:
     """A run without log, checkpoints or files is still a report."""
     bare = parts["run"].model_copy(
-        update={"log": (), "checkpoints": (), "files": (), "hyperparameters": {}, "metrics": {}, "base_model": None}
+        update={"log": (), "checkpoints": (), "files": (), "settings": (), "metrics": {}, "base_model": None}
     )
-    document = render_report(run=bare, adapter=None, comparison=None, merged=None, verdict=None)
-    assert "Not verified" in document
-    assert "tunesmith merge /data/models/security007 --out DIR" in document
+    document = render_report(run=bare, adapter=None)
+    assert text("health.look") in document
+    assert "tunesmith compare /data/models/security007" in document
     shape_of(document)
+
+
+def test_a_report_of_a_run_alone_is_about_its_health(parts: Parts) -> None:
+    """The gravest finding is its headline; what has not been done yet has no section."""
+    for severity, key in (("info", "health.well"), ("warning", "health.look"), ("error", "health.ill")):
+        finding = Finding(code="tokenizer_missing", severity=severity)
+        document = render_report(run=parts["run"], adapter=parts["adapter"], health=[finding])
+        banner = document.split('id="verdict"')[1].split("</section>")[0]
+        assert text(key) in banner
+        assert text(key, "zh") in banner
+        assert "holds no tokenizer" in banner
+        sections = re.findall(r'<section[^>]* id="([a-z]+)"', document)
+        assert sections == ["verdict", "run", "adapter", "loss", "checkpoints", "files"]
+    assert text("health.nothing") in render_report(run=parts["run"], adapter=None, health=[])
+
+
+def test_what_another_file_says_of_a_setting_is_shown_beside_it(parts: Parts) -> None:
+    """With both files."""
+    document = render_report(run=parts["run"], adapter=None)
+    shown = re.sub(r"<[^>]+>", "", document.split(text("run.settings", count=17))[1])
+    assert "learning_rate" in shown
+    assert "0.0005 tunesmith_run.json" in shown
+    assert "training_args.yaml says 0.0001" in shown
+
+
+def test_every_kind_of_module_is_a_row_and_those_that_never_moved_are_marked(parts: Parts) -> None:
+    """Sizes, effective rank, and how many stayed where they began."""
+    adapter = parts["adapter"]
+    assert adapter is not None
+    still = adapter.modules[3].model_copy(update={"moved": False})
+    adapter = adapter.model_copy(update={"modules": (*adapter.modules[:3], still, *adapter.modules[4:])})
+    table = render_report(run=parts["run"], adapter=adapter).split('id="adapter"')[1].split("</section>")[0]
+    assert len(re.findall(r"<tr[ >]", table)) == 8
+    assert table.count('class="bad"') == 1
+    assert re.search(r"[4-6]\.\d of 8", table)
+
+
+def test_the_choice_of_a_checkpoint_is_shown_with_its_curve(parts: Parts, choice: CheckpointChoice) -> None:
+    """The reason, a chart in both languages, every candidate but copies, and the recommended one marked."""
+    section = render_report(run=parts["run"], adapter=None, choice=choice).split('id="checkpoints"')[1]
+    section = section.split("</section>")[0]
+    assert section.count("<svg") == section.count("</svg>") >= 2
+    assert "no final adapter" in section
+    rows = re.findall(r"<tr>.*?</tr>", section, re.DOTALL)
+    assert len(rows) == 5
+    (taken,) = (row for row in rows if text("choice.recommended") in row)
+    assert "checkpoint-40" in taken
+    assert "1.100 ± 0.050" in taken
+    assert "final" not in "".join(rows)
+    shape_of(render_report(**parts, choice=choice))
 
 
 def test_a_comparison_without_scores_or_base_renders(parts: Parts) -> None:

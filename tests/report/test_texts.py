@@ -12,7 +12,8 @@ import pytest
 
 from tunesmith.record import Finding
 from tunesmith.report import LANGUAGES, finding_text, templates, text, texts
-from tunesmith.runs import CATALOGUE
+from tunesmith.runs.cleanup import FailedReason, KeptReason, Reason
+from tunesmith.runs.files import CATALOGUE, LINK, SPECIAL, UNKNOWN
 from tunesmith.verify.records import Answer, Status
 
 CJK = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
@@ -61,7 +62,7 @@ def test_english_texts_hold_no_chinese_and_chinese_texts_do() -> None:
     """Each file holds its own language; names and formulas are the same in both."""
     assert [key for key, template in templates("en").items() if CJK.search(template)] == []
     untranslated = {key for key, template in templates("zh").items() if not CJK.search(template)}
-    names = {key for key in untranslated if key.startswith("writer.")}
+    names = {key for key in untranslated if key.startswith(("writer.", "written."))}
     assert untranslated - names <= {
         "chart.heatmap.update",
         "effect.better_of",
@@ -82,9 +83,12 @@ def test_every_finding_that_the_source_writes_out_has_a_text() -> None:
 def test_every_file_kind_answer_and_status_has_a_text() -> None:
     """The closed lists of the other rooms are all spoken for."""
     for lang in LANGUAGES:
-        for _, kind, needed in CATALOGUE:
-            assert text(f"file.{kind}", lang)
-            assert text(f"needed.{needed}", lang)
+        for known in (*CATALOGUE, UNKNOWN, LINK, SPECIAL):
+            assert text(f"file.{known.kind}", lang)
+            assert text(f"needed.{known.needed_for}", lang)
+            assert known.written_by is None or text(f"written.{known.written_by}", lang)
+        for group, reasons in (("reason", Reason), ("kept", KeptReason), ("failed", FailedReason)):
+            assert all(f"cleanup.{group}.{reason}" in templates(lang) for reason in get_args(reasons))
         assert all(text(f"verdict.{answer}", lang) for answer in get_args(Answer))
         assert all(text(f"status.{status}", lang) for status in get_args(Status))
 

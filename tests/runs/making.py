@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
+
+EMPTY_PICKLE = pickle.dumps({})
 
 
 def adapter(directory: Path, *, tokenizer: bool = True, **config: Any) -> Path:
@@ -63,11 +66,11 @@ def llama_factory(root: Path) -> Path:
     for step in (10, 20):
         state(adapter(root / f"checkpoint-{step}"), history(*(2.0, 1.5)[: step // 10]), global_step=step)
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
-            (root / f"checkpoint-{step}" / name).write_bytes(b"x")
+            (root / f"checkpoint-{step}" / name).write_bytes(EMPTY_PICKLE)
     state(root, history(2.0, 1.5, 1.2) + evaluations(1.9, 1.6, 1.4), best_model_checkpoint=f"{root}/checkpoint-20")
     jsonl(root / "trainer_log.jsonl", [factory_row(s, loss=x, lr=1e-4) for s, x in ((10, 2.0), (20, 1.5), (30, 1.2))])
     (root / "training_args.yaml").write_text("learning_rate: 1.0e-4\nlora_rank: 8\nlora_target: all\ndo_train: true\n")
     (root / "all_results.json").write_text(json.dumps({"train_loss": 1.56, "eval_loss": 1.4, "epoch": 3.0}))
     (root / "training_loss.png").write_bytes(b"x")
-    (root / "training_args.bin").write_bytes(b"x")
+    (root / "training_args.bin").write_bytes(EMPTY_PICKLE)
     return root

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs.making import adapter, evaluations, factory_row, history, jsonl, llama_factory, state
+from tests.runs.making import EMPTY_PICKLE, adapter, evaluations, factory_row, history, jsonl, llama_factory, state
 from tunesmith.errors import RunError
 from tunesmith.runs import Run, as_run, checkpoint_of, open_run
 
@@ -33,7 +33,7 @@ def test_a_llama_factory_run_is_understood_and_quiet(tmp_path: Path) -> None:
     assert [(point.loss, point.eval_loss) for point in run.checkpoints] == [(2.0, 1.9), (1.5, 1.6), (1.2, 1.4)]
     assert [point.is_best for point in run.checkpoints] == [False, True, False]
     assert [(row.step, row.loss, row.eval_loss) for row in run.log] == [(10, 2.0, 1.9), (20, 1.5, 1.6), (30, 1.2, 1.4)]
-    assert run.hyperparameters["lora_rank"] == 8
+    assert run.hyperparameters["r"] == 8
     assert run.hyperparameters["do_train"] is True
     assert run.hyperparameters["max_steps"] == 30
     assert run.metrics == {"train_loss": 1.56, "eval_loss": 1.4, "epoch": 3.0}
@@ -44,7 +44,7 @@ def test_a_trl_run_is_understood(tmp_path: Path) -> None:
     """save_model at the root without a state of its own: the last checkpoint's state counts."""
     root = adapter(tmp_path / "run")
     state(adapter(root / "checkpoint-30"), history(2.0, 1.5, 1.2))
-    (root / "training_args.bin").write_bytes(b"x")
+    (root / "training_args.bin").write_bytes(EMPTY_PICKLE)
     run = open_run(root)
     assert (run.kind, run.writer) == ("run", "trainer")
     assert [(point.name, point.step) for point in run.checkpoints] == [("checkpoint-30", 30), ("final", 30)]
@@ -62,13 +62,13 @@ def test_a_bare_peft_adapter_is_a_run_of_one(tmp_path: Path) -> None:
 
 
 def test_one_checkpoint_of_a_run_can_be_opened(tmp_path: Path) -> None:
-    """As an adapter at its root, with the state that it was saved with."""
+    """As an adapter at its root, with the state that it was saved with; that more steps followed is no illness."""
     root = llama_factory(tmp_path / "run")
     run = open_run(root / "checkpoint-20")
     assert (run.kind, run.writer) == ("checkpoint", "trainer")
     assert [(point.name, point.step) for point in run.checkpoints] == [("final", 20)]
     assert [row.loss for row in run.log] == [2.0, 1.5]
-    assert codes(run) == ["steps_missing"]
+    assert codes(run) == []
 
 
 def test_an_interrupted_run_is_told_and_still_of_use(tmp_path: Path) -> None:
@@ -82,7 +82,9 @@ def test_an_interrupted_run_is_told_and_still_of_use(tmp_path: Path) -> None:
     assert codes(run) == ["run_unfinished", "steps_missing"]
     assert run.findings[0].params == {"checkpoint": "checkpoint-100"}
     assert run.findings[1].params == {"done": 100, "planned": 300}
-    assert [(row.step, row.source) for row in run.log] == [(10, "trainer_state.json"), (110, "trainer_log.jsonl")]
+    assert [(row.step, row.sources) for row in run.log] == [
+        (10, ("checkpoint-100/trainer_state.json",)), (110, ("trainer_log.jsonl",)),
+    ]  # fmt: skip
 
 
 def test_our_own_manifest_is_read(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_an_error_with_its_step(tmp_path: Path, bad
     """The first step where it happened."""
     run = run_with(tmp_path, history(2.0, bad, bad))
     (finding,) = run.findings
-    assert (finding.code, finding.severity, finding.params) == ("loss_not_finite", "error", {"step": 20})
+    assert (finding.code, finding.severity, finding.params["step"]) == ("loss_not_finite", "error", 20)
 
 
 def test_a_run_with_nan_travels_through_json(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_damaged_json_file_is_a_finding_and_no_crash(tmp_path: Path, name: str
         {"log_history": [None, 3, "x", [], {}, {"step": None}, {"step": "1"}, {"step": True, "loss": 1}]},
         {"log_history": [{"step": math.nan, "loss": 1.0}, {"step": math.inf, "loss": 1.0}]},
         {"log_history": [{"step": 10**400, "loss": 1.0}, {"step": 1, "loss": 10**400}]},
-        {"log_history": [{"step": 1, "loss": None, "eval_loss": "0.5", "epoch": {}}]},
+        {"log_history": [{"step": 1, "loss": None, "eval_loss": "x", "epoch": {}}]},
     ],
 )
 def test_a_state_of_odd_types_is_read_without_a_crash(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -354,6 +356,134 @@ def test_links_to_directories_are_not_followed(tmp_path: Path) -> None:
     root = adapter(tmp_path / "a")
     (root / "loop").symlink_to(root)
     (root / "broken").symlink_to(root / "nowhere")
-    assert [file.path for file in open_run(root).files] == [
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    run = open_run(root)
+    assert [(file.path, file.kind) for file in run.files] == [
+        ("adapter_config.json", "adapter_config"), ("adapter_model.safetensors", "adapter_weights"),
+        ("broken", "link"), ("loop", "link"), ("tokenizer.json", "tokenizer"),
     ]  # fmt: skip
+    assert codes(run) == ["link_leads_out"]
+
+
+# -- runs inside, and runs half-made
+
+
+def test_the_one_run_inside_stands_for_the_directory(tmp_path: Path) -> None:
+    """ms-swift puts a version folder between; a note says which."""
+    root = tmp_path / "output"
+    state(adapter(root / "v0-20261126" / "checkpoint-30"), history(2.0, 1.0), global_step=30)
+    run = open_run(root)
+    assert (Path(run.path).name, [point.name for point in run.checkpoints]) == ("v0-20261126", ["checkpoint-30"])
+    assert (run.findings[0].code, run.findings[0].params) == ("run_inside", {"folder": "v0-20261126"})
+
+
+def test_of_several_runs_inside_none_is_guessed(tmp_path: Path) -> None:
+    """They are listed, and the newest version is the next command."""
+    root = tmp_path / "output"
+    for version in ("v2-x", "v10-x", "v1-x"):
+        adapter(root / version / "checkpoint-30")
+    (root / "notes").mkdir()
+    with pytest.raises(RunError, match="several runs") as caught:
+        open_run(root)
+    assert caught.value.details == ("v1-x", "v2-x", "v10-x")
+    assert caught.value.next_step == f"tunesmith inspect {root / 'v10-x'}"
+
+
+def test_training_that_reached_its_end_needs_no_adapter_at_the_root(tmp_path: Path) -> None:
+    """ms-swift leaves none there."""
+    root = tmp_path / "run"
+    state(adapter(root / "checkpoint-30"), history(2.0, 1.0), global_step=30, max_steps=30)
+    assert codes(open_run(root)) == []
+
+
+def test_a_configuration_without_weights_beside_checkpoints_is_no_adapter(tmp_path: Path) -> None:
+    """Axolotl writes it before it trains."""
+    root = adapter(tmp_path / "run")
+    (root / "adapter_model.safetensors").unlink()
+    state(adapter(root / "checkpoint-10"), history(2.0), global_step=10)
+    run = open_run(root)
+    assert [point.name for point in run.checkpoints] == ["checkpoint-10"]
+    assert codes(run) == ["run_unfinished", "steps_missing"]
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path: Path) -> None:
+    """The one before is whole."""
+    root = tmp_path / "run"
+    state(adapter(root / "checkpoint-10"), history(2.0), global_step=10)
+    (adapter(root / "checkpoint-20") / "adapter_model.safetensors").unlink()
+    assert [point.name for point in open_run(root).checkpoints] == ["checkpoint-10"]
+
+
+def test_a_run_with_200_checkpoints_is_soon_open(tmp_path: Path) -> None:
+    """Not one file of the others is read: only the last one's state."""
+    root = tmp_path / "run"
+    for step in range(1, 201):
+        folder = adapter(root / f"checkpoint-{step}")
+        state(folder, history(*[2.0] * step, every=1), global_step=step, max_steps=200)
+    run = open_run(root)
+    assert len(run.checkpoints) == 200
+    assert [row.step for row in run.log] == list(range(1, 201))
+
+
+# -- the hub
+
+
+def cached_adapter(hub: Path, *, weights: bool = True) -> Path:
+    """An adapter as the hub's client caches it."""
+    repo = hub / "models--org--lora"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    made = adapter(repo / "made")
+    (repo / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(made.iterdir())):
+        if weights or file.suffix != ".safetensors":
+            (repo / "blobs" / str(number)).write_bytes(file.read_bytes())
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, offline."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+@pytest.mark.parametrize("name", ["org/lora", "org/lora@main"])
+def test_an_adapter_of_the_hub_is_opened_from_the_cache(hub: Path, name: str) -> None:
+    """Its files are links to blobs, which is no finding."""
+    snapshot = cached_adapter(hub)
+    run = open_run(name)
+    assert (run.path, run.kind, run.findings) == (str(snapshot), "adapter", ())
+    assert {file.kind for file in run.files} == {"adapter_config", "adapter_weights", "tokenizer"}
+    assert all(file.size_bytes > 0 for file in run.files)
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_adapter_that_is_not_cached_is_refused_offline_with_the_command() -> None:
+    """As a directory that is not there, and as a name of the hub's."""
+    with pytest.raises(RunError, match="neither a directory here nor in the hub's cache") as caught:
+        open_run("org/lora")
+    assert "hf download org/lora" in str(caught.value.next_step)
+
+
+def test_half_an_adapter_in_the_cache_is_refused(hub: Path) -> None:
+    """Its missing file is named."""
+    cached_adapter(hub, weights=False)
+    with pytest.raises(RunError, match="in part") as caught:
+        open_run("org/lora")
+    assert caught.value.details == ("missing: adapter_model.safetensors",)
+
+
+def test_a_directory_goes_before_the_hub(hub: Path, tmp_path: Path) -> None:
+    """``org/lora`` here is what was meant."""
+    cached_adapter(hub)
+    adapter(tmp_path / "org" / "lora")
+    assert open_run("org/lora").path == str(tmp_path / "org" / "lora")

@@ -4,10 +4,14 @@ All of PEFT's semantics (scaling, patterns, names) live here; what is not unders
 """
 
 from tunesmith.adapter.config import PLAIN_INITS
-from tunesmith.adapter.facts import delta_norm, describe
+from tunesmith.adapter.distance import distance
+from tunesmith.adapter.facts import GLANCE_BYTES, delta_norm, describe
 from tunesmith.adapter.inputs import beside
 from tunesmith.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
+from tunesmith.adapter.misfit import misfit
+from tunesmith.adapter.mlx import MLX_WEIGHTS
 from tunesmith.adapter.records import (
+    AdapterDistance,
     AdapterFacts,
     Added,
     Binding,
@@ -25,11 +29,14 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "Adapter",
+    "AdapterDistance",
     "AdapterFacts",
     "Added",
     "Binding",
     "Copied",
+    "GLANCE_BYTES",
     "LowRank",
+    "MLX_WEIGHTS",
     "Magnitude",
     "ModuleFacts",
     "PLAIN_INITS",
@@ -40,4 +47,6 @@ __all__ = [
     "beside",
     "delta_norm",
     "describe",
+    "distance",
+    "misfit",
 ]

@@ -17,7 +17,7 @@ from tunesmith.adapter.experts import (
 from tunesmith.adapter.heads import HEADED_TASKS
 from tunesmith.adapter.keys import Key
 from tunesmith.adapter.load import Adapted, Adapter
-from tunesmith.adapter.places import Places, is_embedding, is_head
+from tunesmith.adapter.places import Places, is_embedding, is_head, layer_of
 from tunesmith.adapter.records import Added, LowRank, Magnitude, Replaced, Rows, Update
 from tunesmith.checkpoint import FLOAT_DTYPES, same_values
 from tunesmith.errors import AdapterError
@@ -27,7 +27,6 @@ _CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gp
 _CONV1D_MODULES = {"c_attn", "q_attn", "c_proj", "c_fc"}
 
 _LAYERS = 10_000
-_LAYER_DIGITS = 6
 
 
 @dataclass
@@ -439,20 +438,6 @@ def _megatron(name: str) -> str:
         if any(part in name for part in fused)
         else ""
     )
-
-
-def layer_of(name: str) -> tuple[str, int, str] | None:
-    """What comes before the number of a tensor's layer, that number, and what comes after it."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if (
-            part.isdecimal()
-            and len(part) <= _LAYER_DIGITS
-            and place
-            and parts[place - 1] in ("layers", "h", "layer", "blocks", "block")
-        ):
-            return ".".join(parts[:place]) + ".", int(part), "." + ".".join(parts[place + 1 :])
-    return None
 
 
 def replicated_layers(adapter: Adapter) -> list[int]:

@@ -139,8 +139,8 @@ class Scaling:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._r = _number(config, "r")
-        self._alpha = _number(config, "lora_alpha")
+        self._r = positive(config, "r")
+        self._alpha = positive(config, "lora_alpha")
         self._rslora = bool(config.get("use_rslora"))
         self._ranks = _patterns(config, "rank_pattern")
         self._alphas = _patterns(config, "alpha_pattern")
@@ -182,12 +182,22 @@ def _patterns(config: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[st
     return patterns
 
 
-def _number(config: Mapping[str, Any], field: str) -> float:
+def positive(config: Mapping[str, Any], field: str, *, of: str = "") -> float:
+    """A configured number that must be positive.
+
+    Args:
+        config: the object that holds it.
+        field: its name.
+        of: what leads to that object, such as ``lora_parameters.``.
+
+    Raises:
+        AdapterError: it is not there, no number, or not between zero and a thousand million.
+    """
     value = config.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
         raise AdapterError(
             "The adapter's configuration lacks a usable number.",
-            where=f"adapter_config.json: {field}",
+            where=f"adapter_config.json: {of}{field}",
             expected="a positive number",
             found=_short(value),
         )

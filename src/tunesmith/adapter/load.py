@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tunesmith.adapter.config import Scaling, refusals, residual_init
 from tunesmith.adapter.experts import targeted_parameters
 from tunesmith.adapter.keys import Key, parse_keys
+from tunesmith.adapter.mlx import (
+    MLX_REFUSAL,
+    MLX_WEIGHTS,
+    MlxScaling,
+    View,
+    as_peft_config,
+    as_peft_tensors,
+    is_mlx,
+    mlx_keys,
+)
 from tunesmith.adapter.records import Span
 from tunesmith.checkpoint import (
     FLOAT_DTYPES,
@@ -76,12 +87,14 @@ class Adapter:
     """One adapter directory, opened.  Tensors are read when asked for.
 
     Args:
-        path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or with mlx-lm's
+            ``adapters.safetensors``.
 
     Attributes:
         path: the directory.
-        config: the parsed configuration.
-        header: the weights file's header.
+        format: whose files these are.
+        config: the parsed configuration; mlx-lm's in PEFT's words.
+        header: the weights file's header; mlx-lm's factors in PEFT's shapes.
         adapted: one an adapted weight, in the file's order.
         whole: tensors that are stored whole (saved modules, biases, token rows), in the file's order.
         refusals: why it cannot be merged truly; empty where nothing speaks against it yet.
@@ -95,19 +108,17 @@ class Adapter:
         self.path = Path(path)
         if not (self.path / ADAPTER_CONFIG).is_file():
             raise AdapterError("This directory holds no adapter.", where=self.path, expected=ADAPTER_CONFIG)
-        self.config: dict[str, Any] = read_json_object(self.path / ADAPTER_CONFIG)
-        weights = self.path / ADAPTER_WEIGHTS
-        if not weights.is_file():
-            raise self._no_weights()
-        self.header = read_header(weights)
+        config = read_json_object(self.path / ADAPTER_CONFIG)
+        self.format: Literal["peft", "mlx-lm"] = "mlx-lm" if is_mlx(self.path, ADAPTER_WEIGHTS) else "peft"
         self.findings: list[Finding] = []
-        self.refusals = refusals(self.config)
         self.adapted: tuple[Adapted, ...] = ()
         self.whole: tuple[Key, ...] = ()
         self._kept: OrderedDict[str, Array] = OrderedDict()
         self._keeping = threading.Lock()
-        if self.config.get("peft_type") == "LORA":
-            self._read_tensors()
+        if self.format == "mlx-lm":
+            self._open_mlx(config)
+        else:
+            self._open_peft(config)
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[Path]]:
         """In another process it is opened again."""
@@ -148,8 +159,9 @@ class Adapter:
             )
 
     def stored(self, tensor: str) -> Array:
-        """One tensor of the file, whole, as stored."""
-        return read_rows(self.header, tensor)
+        """One tensor of the file, whole, as stored; a factor of another format's, in PEFT's shape."""
+        stored = read_rows(self._stored, tensor)
+        return self._views[tensor](stored) if tensor in self._views else stored
 
     def finite(self, tensor: str, rows: Span | None = None, columns: Span | None = None) -> Float64:
         """One tensor, or a part of it, exactly, as a matrix: its first dimension by all the others.
@@ -164,7 +176,7 @@ class Adapter:
         """
         if columns is not None and columns[2] != 1:  # an expert's: the others want the rest of the same tensor soon
             stored = self._kept_whole(tensor)[_slice(rows)]
-        elif rows is not None and rows[2] == 1:
+        elif rows is not None and rows[2] == 1 and tensor not in self._views:
             stored = read_rows(self.header, tensor, rows[0], rows[1])
         else:
             stored = self.stored(tensor)[_slice(rows)]
@@ -189,9 +201,31 @@ class Adapter:
                     self._kept.popitem(last=False)
         return kept
 
-    def _read_tensors(self) -> None:
-        keys, strange = parse_keys(self.header.tensors, where=self.header.path)
-        self.refusals += [f"{name}: {_strange(name)}" for name in strange]
+    def _open_peft(self, config: dict[str, Any]) -> None:
+        weights = self.path / ADAPTER_WEIGHTS
+        if not weights.is_file():
+            raise self._no_weights()
+        self.config = config
+        self.header = self._stored = read_header(weights)
+        self._views: dict[str, View] = {}
+        self.refusals = refusals(config)
+        if config.get("peft_type") == "LORA":
+            keys, strange = parse_keys(self.header.tensors, where=self.header.path)
+            self.refusals += [f"{name}: {_strange(name)}" for name in strange]
+            self._read_tensors(keys, Scaling(config))
+
+    def _open_mlx(self, config: dict[str, Any]) -> None:
+        self.config = as_peft_config(config)
+        self._stored = read_header(self.path / MLX_WEIGHTS)
+        self.header, self._views = as_peft_tensors(self._stored)
+        self.refusals = [MLX_REFUSAL]
+        keys = mlx_keys(self.header)
+        if self.config["peft_type"] == "LORA":
+            self._read_tensors(keys, MlxScaling(config))
+        else:
+            self.whole = tuple(keys)
+
+    def _read_tensors(self, keys: Sequence[Key], scaling: Scaling | MlxScaling) -> None:
         self.whole = tuple(key for key in keys if key.part not in (*_FACTORS, "training"))
         pairs: dict[tuple[str, int], dict[str, str]] = {}
         for key in keys:
@@ -205,7 +239,6 @@ class Adapter:
                     )
                 pair[key.part] = key.tensor
         self._check_pairs(pairs)
-        scaling = Scaling(self.config)
         self.adapted = tuple(
             self._adapted(module, depth, pair, scaling, self._parameter(module, depth, pairs))
             for (module, depth), pair in pairs.items()
@@ -237,7 +270,7 @@ class Adapter:
         return None
 
     def _adapted(
-        self, module: str, depth: int, pair: dict[str, str], scaling: Scaling, parameter: str | None
+        self, module: str, depth: int, pair: dict[str, str], scaling: Scaling | MlxScaling, parameter: str | None
     ) -> Adapted:
         embedding = "lora_embedding_A" in pair
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -260,7 +293,8 @@ class Adapter:
             )
         named = f"{module}.{parameter}" if parameter else module
         r = scaling.rank(named)
-        stacks = len(a.shape) == 2 and not embedding and bool(self.config.get("target_parameters"))
+        stacks = len(a.shape) == 2 and not embedding
+        stacks = stacks and (bool(self.config.get("target_parameters")) or len(self._stored.tensors[lora_a].shape) == 3)
         if a.shape[0] != r and (not stacks or a.shape[0] % r):
             raise AdapterError(
                 "The configuration's rank is not the tensors'.",

@@ -25,6 +25,8 @@ _RENAMED = ((".mlp.", ".block_sparse_moe."), ("vision_tower.", "vision_tower.vis
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embedding", "embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
 
+_LAYER_DIGITS = 6
+
 
 class Places:
     """The names of one base, and how they are found.
@@ -160,6 +162,20 @@ def is_embedding(module: str) -> bool:
 def is_head(module: str) -> bool:
     """Whether a module is an output head, by its name."""
     return module.rpartition(".")[2] in _HEADS
+
+
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """What comes before the number of a tensor's layer, that number, and what comes after it."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if (
+            part.isdecimal()
+            and len(part) <= _LAYER_DIGITS
+            and place
+            and parts[place - 1] in ("layers", "h", "layer", "blocks", "block")
+        ):
+            return ".".join(parts[:place]) + ".", int(part), "." + ".".join(parts[place + 1 :])
+    return None
 
 
 def _leaf_module(name: str) -> str:

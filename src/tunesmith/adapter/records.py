@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tunesmith.record import Finding, Part, Record, Value
+
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Span = tuple[int, int, int]
 """First index, index to stop before, step: a ``slice`` that travels as JSON."""
@@ -174,19 +177,38 @@ class Binding(Part):
 class ModuleFacts(Part):
     """One adapted module.
 
+    What was not measured, and what is not defined, is None.
+
     Attributes:
         module: its name in the base, such as ``model.layers.0.self_attn.q_proj``.
-        r: its rank.
+        r: its rank; of one matrix, where it is a stack of them.
         scaling: what multiplies B·A.
-        delta_norm: Frobenius norm of scaling·B·A.
+        delta_norm: ‖Δ‖ = ‖scaling·B·A‖ (Frobenius); of a stack, over all its matrices.  Of DoRA, of what is added
+            before the magnitude.
         base_norm: Frobenius norm of the base weight, estimated from a sample of it; None without the base.
+        spectral_norm: the largest singular value of scaling·B·A; None for a stack of matrices.
+        effective_rank: exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ, of the singular values σ of B·A; from 1 to r.  None where
+            the update is zero, and for a stack of matrices.  Source: O. Roy and M. Vetterli, "The effective rank: a
+            measure of effective dimensionality", EUSIPCO 2007, definition 1.
+        moved: whether training changed it: ‖Δ‖ is over a millionth of the median module's.  None where the factors do
+            not tell: they did not begin at B·A = 0 (PiSSA and its like), or a magnitude may have moved alone (DoRA).
+        finite: whether its factors hold numbers only; None where they were not read.
     """
 
     module: str
     r: int
     scaling: float
-    delta_norm: float
+    delta_norm: float | None
     base_norm: float | None = None
+    spectral_norm: float | None = None
+    effective_rank: float | None = None
+    moved: bool | None = None
+    finite: bool | None = None
+
+    @property
+    def relative_update(self) -> float | None:
+        """‖Δ‖ / ‖W‖; None where either is not known."""
+        return self.delta_norm / self.base_norm if self.delta_norm is not None and self.base_norm else None
 
 
 class AdapterFacts(Record):
@@ -194,6 +216,7 @@ class AdapterFacts(Record):
 
     Attributes:
         path: absolute directory.
+        format: whose files these are: PEFT's, or mlx-lm's.
         base_model: the base that its configuration names.
         peft_type: the method, ``LORA`` for all that can be merged.
         r: the configured rank.
@@ -202,14 +225,19 @@ class AdapterFacts(Record):
         use_rslora: which of the two.
         target_modules: the last part of every adapted module's name, sorted.
         modules: one entry an adapted module, in the file's order.
+        measured: how many of them were read; the others' figures are None.
         parameters: trained numbers.
         dtype: of the stored tensors, such as ``F32``.
         size_bytes: of the weights file.
-        relative_update: ‖Δ‖ / ‖W‖ over all adapted modules; None without the base.
+        relative_update: ‖Δ‖ / ‖W‖ over all adapted modules, those that were not measured taken to be as the others of
+            their kind; None without the base.
+        effective_rank: the median of the modules'.
         refusal: why it cannot be merged; None where it can.
+        findings: what looks wrong or out of proportion.
     """
 
     path: str
+    format: Literal["peft", "mlx-lm"] = "peft"
     base_model: str | None
     peft_type: str
     r: int | None
@@ -218,8 +246,42 @@ class AdapterFacts(Record):
     use_rslora: bool
     target_modules: tuple[str, ...]
     modules: tuple[ModuleFacts, ...]
+    measured: int = 0
     parameters: int
     dtype: str
     size_bytes: int
     relative_update: float | None = None
+    effective_rank: float | None = None
     refusal: str | None = None
+    findings: tuple[Finding, ...] = ()
+
+    def by_kind(self) -> dict[str, tuple[ModuleFacts, ...]]:
+        """The modules by the last part of their names, such as ``q_proj``, each kind's in the order of the layers."""
+        kinds: dict[str, list[ModuleFacts]] = {}
+        for module in sorted(self.modules, key=lambda one: [int(part) for part in _NUMBERS.findall(one.module)]):
+            kinds.setdefault(module.module.rpartition(".")[2], []).append(module)
+        return {name: tuple(modules) for name, modules in kinds.items()}
+
+
+class AdapterDistance(Part):
+    """How far one adapter is from another of the same base.
+
+    Δ is scaling·B·A of every adapted module, all of them together as one vector; a module that only one of the two
+    adapts is zero in the other.
+
+    Attributes:
+        relative: ‖Δ₁ − Δ₂‖ / ‖Δ₂‖; 0 for equal files.  None where Δ₂ is zero or either holds NaN or infinity.
+        cosine: of the angle between Δ₁ and Δ₂; None where one of them is zero or not finite.
+        whole: ‖T₁ − T₂‖ / ‖T₂‖ over the tensors that both store whole (saved modules, biases, magnitudes, token rows);
+            None where there are none of the same shape, or they are zero or not finite.
+        only_in_one: modules and whole tensors that the second lacks, or has in another shape.
+        only_in_other: those that the first lacks.
+        equal: whether the two are the same bytes under the same configuration.
+    """
+
+    relative: float | None
+    cosine: float | None
+    whole: float | None = None
+    only_in_one: tuple[str, ...] = ()
+    only_in_other: tuple[str, ...] = ()
+    equal: bool = False

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.adapter.bind import Binder, Bound, layer_of, replicated_layers
+from tunesmith.adapter.bind import Binder, Bound, replicated_layers
 from tunesmith.adapter.heads import HEADED_TASKS, LABELLED_TASKS, label_names, tuned_class
 from tunesmith.adapter.load import Adapter
-from tunesmith.adapter.places import Places
+from tunesmith.adapter.places import Places, layer_of
 from tunesmith.adapter.records import (
     Added,
     Binding,

@@ -13,8 +13,9 @@ from tunesmith.checkpoint.directory import (
     same_values,
 )
 from tunesmith.checkpoint.hashing import TrailingHashes, hash_files
-from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, read_header
-from tunesmith.checkpoint.locate import cache_dir, locate_base, relatives_of
+from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, open_regular, read_header
+from tunesmith.checkpoint.hub import Sought, hub_snapshot
+from tunesmith.checkpoint.locate import cache_dir, full_precision_sibling, is_hub_id, locate_base, relatives_of
 from tunesmith.checkpoint.publish import (
     Stage,
     check_free_space,
@@ -50,6 +51,7 @@ __all__ = [
     "Header",
     "INDEX_FILE",
     "SINGLE_FILE",
+    "Sought",
     "Stage",
     "TensorInfo",
     "TrailingHashes",
@@ -61,9 +63,13 @@ __all__ = [
     "check_out_dir",
     "copy_range",
     "done_bytes",
+    "full_precision_sibling",
     "hash_files",
+    "hub_snapshot",
+    "is_hub_id",
     "listing_sha256",
     "locate_base",
+    "open_regular",
     "read_header",
     "read_json_object",
     "read_rows",

@@ -141,7 +141,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         except OSError as error:
             raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
     entries = _parse_object(source, raw)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null for none, as the reference reader takes it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(source, "string-only __metadata__", metadata)
     data_start = 8 + length

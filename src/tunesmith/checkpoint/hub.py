@@ -1,4 +1,4 @@
-"""A base model of the Hugging Face hub: found in the client's cache, or fetched into it, at one commit."""
+"""A model of the Hugging Face hub, whole or a part: found in the client's cache, or fetched into it, at one commit."""
 
 from __future__ import annotations
 
@@ -32,12 +32,44 @@ _WORKERS = 4
 
 
 @dataclass(frozen=True)
+class Sought:
+    """What of a repository is asked for.
+
+    Attributes:
+        noun: what it is called in messages.
+        entry: the file without which it is nothing; that it is in the cache says where the rest is.
+        weights: the further files that it needs; None for a model's, as its index names them.
+        small: patterns of the files that are taken along.
+        elsewhere: how a directory is named instead.
+        error: what is raised where it cannot be had.
+    """
+
+    noun: str
+    entry: str
+    weights: tuple[str, ...] | None
+    small: tuple[str, ...]
+    elsewhere: str
+    error: type[TunesmithError]
+
+
+_BASE_MODEL = Sought(
+    noun="base model",
+    entry=CONFIG_FILE,
+    weights=None,
+    small=_SMALL_FILES,
+    elsewhere="pass --base with its directory",
+    error=BaseModelError,
+)
+
+
+@dataclass(frozen=True)
 class _Wanted:
-    """A model as it was asked for: ``org/name``, with or without ``@revision``."""
+    """What was asked for, and as what: ``org/name``, with or without ``@revision``."""
 
     name: str
     repo: str
     revision: str | None
+    sought: Sought
 
     @property
     def command(self) -> str:
@@ -47,13 +79,19 @@ class _Wanted:
 
 
 def hub_model(name: str, *, fetch: bool, progress: ProgressCallback) -> Path:
-    """Find a hub model's directory in the client's cache; fetch what is missing of it.
+    """Find a hub model's directory in the client's cache; fetch what is missing of it: :func:`hub_snapshot`."""
+    return hub_snapshot(name, _BASE_MODEL, fetch=fetch, progress=progress)
 
-    A model whose config and weights are in the cache is taken as it is there, without asking the hub.  What is fetched
+
+def hub_snapshot(name: str, sought: Sought, *, fetch: bool, progress: ProgressCallback) -> Path:
+    """Find the directory of what a hub repository holds in the client's cache; fetch what is missing of it.
+
+    What is whole in the cache is taken as it is there, without asking the hub.  What is fetched
     is one commit's, whatever happens to the branch meanwhile; the branch's name leads to it only when all is there.
 
     Args:
         name: ``org/name`` or ``org/name@revision``; a branch, a tag or a commit.
+        sought: what of it.
         fetch: whether to download what is not in the cache.
         progress: told of the bytes that arrive.
 
@@ -61,16 +99,16 @@ def hub_model(name: str, *, fetch: bool, progress: ProgressCallback) -> Path:
         The snapshot's directory.
 
     Raises:
-        BaseModelError: it is not in the cache and cannot be fetched; the message says why and what to do.
+        TunesmithError: ``sought.error``: it is not in the cache and cannot be fetched; says why and what to do.
         Cancelled: ``progress`` raised it.
     """
     from huggingface_hub import constants
 
     repo, _, revision = name.partition("@")
-    wanted = _Wanted(name, repo, revision or None)
+    wanted = _Wanted(name, repo, revision or None, sought)
     with _explained(wanted):
         snapshot = _cached(wanted)
-        missing = missing_files(snapshot) if snapshot else []
+        missing = _missing(snapshot, sought) if snapshot else []
         if snapshot and not missing:
             return snapshot
         if fetch and not constants.HF_HUB_OFFLINE:
@@ -79,19 +117,25 @@ def hub_model(name: str, *, fetch: bool, progress: ProgressCallback) -> Path:
     if constants.HF_HUB_OFFLINE:
         reason, way = "HF_HUB_OFFLINE is set", f"without HF_HUB_OFFLINE: {wanted.command}"
     if snapshot:
-        raise BaseModelError(
-            "The hub's cache holds the base model in part.",
+        raise sought.error(
+            f"The hub's cache holds the {sought.noun} in part.",
             where=snapshot,
             found=f"nothing was fetched: {reason}",
             details=[f"missing: {file}" for file in missing[:10]],
             next_step=way,
         )
-    raise BaseModelError(
-        "The base model is neither a directory here nor in the hub's cache.",
+    raise sought.error(
+        f"The {sought.noun} is neither a directory here nor in the hub's cache.",
         where=name,
         found=f"nothing was fetched: {reason}",
-        next_step=f"{way}, or pass --base with its directory",
+        next_step=f"{way}, or {sought.elsewhere}",
     )
+
+
+def _missing(snapshot: Path, sought: Sought) -> list[str]:
+    if sought.weights is None:
+        return missing_files(snapshot)
+    return [file for file in (sought.entry, *sought.weights) if not (snapshot / file).exists()]
 
 
 def missing_files(snapshot: Path) -> list[str]:
@@ -118,33 +162,29 @@ def _shards(index: Path) -> list[str]:
 def _cached(wanted: _Wanted) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(wanted.repo, CONFIG_FILE, revision=wanted.revision)
+    config = try_to_load_from_cache(wanted.repo, wanted.sought.entry, revision=wanted.revision)
     return Path(config).parent if isinstance(config, str) else None
 
 
 def _fetched(wanted: _Wanted, progress: ProgressCallback) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
+    sought = wanted.sought
     info = HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    if SINGLE_FILE in sizes:
-        weights = [SINGLE_FILE]
-    elif INDEX_FILE in sizes:
-        weights = _shards(Path(hf_hub_download(wanted.repo, INDEX_FILE, revision=info.sha)))
-    else:
-        raise _no_safetensors(wanted, sizes)
-    if absent := sorted({CONFIG_FILE, *weights} - sizes.keys()):
-        raise BaseModelError(
+    weights = _weights(wanted, sizes, str(info.sha))
+    if absent := sorted({sought.entry, *weights} - sizes.keys()):
+        raise sought.error(
             "The model on the hub is not whole: it has no such files.", where=wanted.name, details=absent[:10]
         )
-    small = [file for file in sizes if any(_fits(file, pattern) for pattern in _SMALL_FILES)]
-    files = [file for file in dict.fromkeys([*small, *weights]) if file != CONFIG_FILE]
+    small = [file for file in sizes if any(_fits(file, pattern) for pattern in sought.small)]
+    files = [file for file in dict.fromkeys([*small, *weights]) if file != sought.entry]
     _check_space(wanted, info, files)
     _Download(wanted, sizes, progress).run(files, str(info.sha))
     # The config by the branch's name, and last: the client notes then which commit the name meant.
-    config = Path(hf_hub_download(wanted.repo, CONFIG_FILE, revision=wanted.revision))
+    config = Path(hf_hub_download(wanted.repo, sought.entry, revision=wanted.revision))
     if config.parent.name != info.sha:
-        raise BaseModelError(
+        raise sought.error(
             "The model on the hub changed while it was fetched.",
             where=wanted.name,
             expected=f"commit {info.sha}",
@@ -154,28 +194,45 @@ def _fetched(wanted: _Wanted, progress: ProgressCallback) -> Path:
     return config.parent
 
 
+def _weights(wanted: _Wanted, sizes: Mapping[str, int], commit: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+
+    if wanted.sought.weights is not None:
+        needed = list(wanted.sought.weights)
+        if set(needed) <= sizes.keys():
+            return needed
+    elif SINGLE_FILE in sizes:
+        return [SINGLE_FILE]
+    elif INDEX_FILE in sizes:
+        return _shards(Path(hf_hub_download(wanted.repo, INDEX_FILE, revision=commit)))
+    raise _no_safetensors(wanted, sizes)
+
+
 def _fits(file: str, pattern: str) -> bool:
     return file.count("/") == pattern.count("/") and fnmatchcase(file, pattern)
 
 
-def _no_safetensors(wanted: _Wanted, files: Mapping[str, int]) -> BaseModelError:
+def _no_safetensors(wanted: _Wanted, files: Mapping[str, int]) -> TunesmithError:
+    sought = wanted.sought
+    expected = f"{SINGLE_FILE} or {INDEX_FILE}" if sought.weights is None else ", ".join(sought.weights)
     pickles = sorted(file for file in files if any(_fits(file, pattern) for pattern in _PICKLES))
     if pickles:
-        return BaseModelError(
+        return sought.error(
             "The model on the hub has its weights as pickles only, which can run code when they are read; "
             "Tunesmith never reads one.",
             where=wanted.name,
-            expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+            expected=expected,
             found=", ".join(pickles[:5]),
             next_step="ask for a safetensors version at https://huggingface.co/spaces/safetensors/convert, "
             f"and name it as {wanted.repo}@refs/pr/N",
         )
-    return BaseModelError(
+    instead = "the full-precision model, not of a GGUF or adapter made from it" if sought.weights is None else "a LoRA"
+    return sought.error(
         "The model on the hub has no safetensors weights.",
         where=wanted.name,
-        expected=f"{SINGLE_FILE} or {INDEX_FILE}",
+        expected=expected,
         found=", ".join(sorted(files)[:10]) or "no files",
-        next_step="name the repository of the full-precision model, not of a GGUF or adapter made from it",
+        next_step=f"name the repository of {instead}",
     )
 
 
@@ -193,8 +250,8 @@ def _check_space(wanted: _Wanted, info: ModelInfo, files: list[str]) -> None:
     try:
         check_free_space(cache, needed)
     except OutputError as error:
-        raise BaseModelError(
-            "There is not enough disk space to fetch the base model.",
+        raise wanted.sought.error(
+            f"There is not enough disk space to fetch the {wanted.sought.noun}.",
             where=error.where,
             expected=error.expected,
             found=error.found,
@@ -239,7 +296,9 @@ class _Download:
             if self._stopped:
                 raise Cancelled
             self._done[file] = min(max(done, self._done.get(file, 0)), self._sizes[file])
-            self._progress(Progress("fetch base model", sum(self._done.values()), self._total, "bytes", file))
+            self._progress(
+                Progress(f"fetch {self._wanted.sought.noun}", sum(self._done.values()), self._total, "bytes", file)
+            )
 
 
 def _bar(tell: Callable[[int], None]) -> type[Any]:
@@ -273,7 +332,7 @@ def _explained(wanted: _Wanted) -> Iterator[None]:
         # The client wraps what happened in advice of its own.
         cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ else error
         found = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise BaseModelError(what, where=wanted.name, found=found, next_step=next_step) from error
+        raise wanted.sought.error(what, where=wanted.name, found=found, next_step=next_step) from error
 
 
 def _meaning(error: Exception, wanted: _Wanted) -> tuple[str, str]:
@@ -292,13 +351,14 @@ def _meaning(error: Exception, wanted: _Wanted) -> tuple[str, str]:
             "check the spelling; for a private model: hf auth login",
         )
     if isinstance(error, errors.HFValidationError):
-        return "The hub cannot have a model of this name.", "pass --base with org/name, or with the model's directory"
+        instead = wanted.sought.elsewhere.replace("its directory", "org/name, or with the model's directory")
+        return "The hub cannot have a model of this name.", instead
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk became full while the base model was fetched.", _OTHER_DISK
+        return f"The disk became full while the {wanted.sought.noun} was fetched.", _OTHER_DISK
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "The hub's cache cannot be written.", "set HF_HUB_CACHE to a folder that is yours"
     return (
-        "The base model is neither a directory here nor in the hub's cache, and could not be fetched.",
-        f"check the connection, then: {wanted.command}; or pass --base with its directory",
+        f"The {wanted.sought.noun} is neither a directory here nor in the hub's cache, and could not be fetched.",
+        f"check the connection, then: {wanted.command}; or {wanted.sought.elsewhere}",
     )

@@ -16,6 +16,8 @@ from tunesmith.progress import ProgressCallback, no_progress
 # A revision is a branch, a tag or a commit; the client makes a path of it, so that no part of it may be "..".
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", re.ASCII)
 
+# Unsloth's repositories: a model quantized by bitsandbytes, and its variant with some layers left as they were.
+_BNB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:-unsloth)?-bnb-4bit", re.ASCII)
 _MOST_RELATIVES = 8
 _LOOKED_AT = 256  # of the entries of one folder
 _FORM = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
@@ -64,6 +66,24 @@ def locate_base(
         expected=f"a directory, a hub id such as org/name, or {EMBEDDED_NAME!r}",
         next_step="pass --base with the directory of the model that was tuned",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be one of the hub's: ``org/name``, or ``org/name@revision``."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def full_precision_sibling(name: str) -> str | None:
+    """The model that a 4-bit repository was quantized from, by its name: ``org/X-bnb-4bit`` is of ``org/X``.
+
+    Args:
+        name: a base model's name, as an adapter gives it.
+
+    Returns:
+        The sibling's name; None where the name is not of that custom.
+    """
+    match = _BNB_NAME.fullmatch(name)
+    return match[1] if match else None
 
 
 def _folder(name_or_path: str, relative_to: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith.cli import chat, compare, demo, doctor, inspect, merge, report, train, verify
+from tunesmith.cli import chat, checkpoints, compare, demo, doctor, inspect, merge, report, train, verify
 
 # What a user can mend, wherever it strikes; any other OSError that escapes is our bug.
 _OUTSIDE = {
@@ -70,6 +70,7 @@ app.command()(train.train)
 app.command()(inspect.inspect)
 app.command()(chat.chat)
 app.command()(compare.compare)
+app.command()(checkpoints.checkpoints)
 app.command()(merge.merge)
 app.command()(verify.verify)
 app.command()(report.report)

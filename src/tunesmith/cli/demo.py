@@ -9,7 +9,7 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import JsonOption
-from tunesmith.cli.output import console, print_json, progress_bar
+from tunesmith.cli.output import command, console, print_json, progress_bar
 
 if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
@@ -52,3 +52,4 @@ def _render(screen: Screen, result: ts.DemoResult) -> None:
         screen.say(f"{score.variant}: held-out loss {score.loss:.3f}{change}")
     screen.say(f"{ts.text(f'verdict.{result.verdict.answer}')}: {ts.verdict_sentence(result.verdict)}")
     screen.say(f"\nReport: {result.report}")
+    screen.say(f"Next: {command('checkpoints', Path(result.path) / 'run')}", style="dim")

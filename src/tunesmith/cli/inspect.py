@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import BaseOption, JsonOption, RunArgument
-from tunesmith.cli.output import command, console, human_bytes, print_json
+from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tunesmith.cli.screen import Screen
 
 _BARS = "▁▂▃▄▅▆▇█"
-_MARKS = {"ok": "ok", "info": "note", "warning": "warning", "error": "problem"}
+_MARKS = {
+    "ok": ("ok", "green"),
+    "info": ("note", "cyan"),
+    "warning": ("warning", "yellow"),
+    "error": ("problem", "red"),
+}
+_PURPOSES = ("inference", "resuming", "record", "unknown")
+_SHOWN_CHECKPOINTS = 12
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "dataset", "template", "cutoff_len", "max_length", "seed", "compute_dtype", "iters",
+)  # fmt: skip
 
 
 def inspect(
@@ -24,61 +39,92 @@ def inspect(
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", metavar="NAME", help="Which adapter to describe. Default: the last.")
     ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Measure every module of a large adapter, and hash the base's weights.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write all of it as one HTML file.")
+    ] = None,
+    cleanup: Annotated[
+        bool, typer.Option("--cleanup", help="Only list the files that could be deleted, and what that frees.")
+    ] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="With --cleanup: delete them, after you have said yes.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --apply: do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a fine-tune left behind: files, adapter, training, checkpoints, health.
 
+    Nothing is changed, and no pickle is opened.  With --cleanup it says which files serve nothing but resuming.
+
     Example: tunesmith inspect out/security
     """
-    inspection = ts.inspect(run, base=base, checkpoint=checkpoint)
+    if cleanup or apply:
+        from tunesmith.cli.cleanup import cleanup as list_or_delete
+
+        list_or_delete(run, apply=apply, yes=yes, as_json=as_json)
+        return
+    with progress_bar() as progress:
+        inspection = ts.inspect(run, base=base, checkpoint=checkpoint, thorough=thorough, progress=progress)
+    if html is not None:
+        ts.write_inspection(inspection, html)
     if as_json:
         print_json(inspection)
         return
     screen = console()
     _facts(screen, inspection)
     _log(screen, inspection.run)
+    if inspection.adapter:
+        _modules(screen, inspection.adapter)
     _checkpoints(screen, inspection.run)
     _files(screen, inspection.run)
-    _findings(screen, inspection)
+    _health(screen, inspection, html)
 
 
 def _facts(screen: Screen, inspection: ts.Inspection) -> None:
-    from rich.table import Table
-
-    from tunesmith.cli.screen import clean
-
-    run, adapter = inspection.run, inspection.adapter
-    at_hand = "at hand" if inspection.base else "not at hand"
+    run = inspection.run
+    mark = f", as {run.writer_mark} tells" if run.writer_mark else ""
     rows = [
-        ("run", f"{run.name}  (written by {run.writer})"),
-        ("base model", f"{run.base_model or 'not recorded'}  ({at_hand})"),
-        (
-            "adapter",
-            f"{inspection.checkpoint}: {adapter.peft_type}, {adapter.dtype}, {human_bytes(adapter.size_bytes)}",
-        ),
+        ("run", f"{run.name}  ({ts.text(f'kind.{run.kind}')}, written by {ts.text(f'writer.{run.writer}')}{mark})"),
+        ("base model", f"{run.base_model or 'not recorded'}  ({_base_state(inspection)})"),
+        *(_adapter_rows(inspection.adapter, inspection.checkpoint) if inspection.adapter else []),
     ]
-    if adapter.r is not None and adapter.scaling is not None:
-        kind = "alpha / sqrt(r)" if adapter.use_rslora else "alpha / r"
-        rows.append(
-            ("rank", f"r = {adapter.r}, alpha = {adapter.lora_alpha:g}, scaling = {adapter.scaling:g} ({kind})")
-        )
-    rows.append(("modules", f"{len(adapter.modules)}: {', '.join(adapter.target_modules)}"))
-    rows.append(("parameters", f"{adapter.parameters:,}"))
-    if adapter.relative_update is not None:
-        rows.append(("size of update", f"about {adapter.relative_update:.2%} of the base weights (Frobenius norm)"))
     if inspection.forecast is not None:
         rows.append(("merge", _forecast(inspection.forecast)))
-    if adapter.refusal:
-        rows.append(("not mergeable", adapter.refusal))
-    for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "compute_dtype"):
-        if key in run.hyperparameters:
-            rows.append((key, str(run.hyperparameters[key])))
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for label, value in rows:
-        table.add_row(label, clean(value))
-    screen.print(table)
+    if inspection.adapter and inspection.adapter.refusal:
+        rows.append(("not mergeable", inspection.adapter.refusal))
+    settings = {setting.name: setting for setting in run.settings}
+    shown = [f"{name} = {settings[name].value}" for name in _SETTINGS if name in settings]
+    if shown:
+        rows.append(("training", ", ".join(shown)))
+    speeds = [row.tokens_per_s for row in run.log if row.tokens_per_s]
+    if speeds:
+        rows.append(("speed", f"{sum(speeds) / len(speeds):,.0f} tokens/s"))
+    _print_pairs(screen, rows)
+
+
+def _base_state(inspection: ts.Inspection) -> str:
+    state = "at hand" if inspection.base else "not at hand"
+    if inspection.base_sha256:
+        return f"{state}, weights' sha256 {inspection.base_sha256[:12]}"
+    recorded = inspection.run.base_sha256
+    unchecked = inspection.base and recorded
+    return f"{state}, recorded sha256 {recorded[:12]}, --thorough compares" if unchecked and recorded else state
+
+
+def _adapter_rows(adapter: ts.AdapterFacts, checkpoint: str) -> list[tuple[str, str]]:
+    size = f"{adapter.parameters:,} numbers, {adapter.dtype}, {human_bytes(adapter.size_bytes)}"
+    whose = "" if adapter.format == "peft" else f" ({adapter.format})"
+    rows = [("adapter", f"{checkpoint}: {adapter.peft_type}{whose}, {size}")]
+    if adapter.r is not None and adapter.scaling is not None:
+        kind = "alpha / sqrt(r)" if adapter.use_rslora else "alpha / r"
+        alpha = "" if adapter.lora_alpha is None else f", alpha = {adapter.lora_alpha:g}"
+        how = f" ({kind})" if alpha else ""
+        rows.append(("rank", f"r = {adapter.r}{alpha}, scaling = {adapter.scaling:g}{how}"))
+    if adapter.relative_update is not None:
+        rows.append(("size of update", f"about {adapter.relative_update:.2%} of the base weights (Frobenius norm)"))
+    return rows
 
 
 def _forecast(forecast: ts.Forecast) -> str:
@@ -90,84 +136,173 @@ def _forecast(forecast: ts.Forecast) -> str:
 
 
 def _log(screen: Screen, run: ts.Run) -> None:
-    from rich.text import Text
-
-    for label, values in (
-        ("training loss", [row.loss for row in run.log if row.loss is not None]),
-        ("held-out loss", [row.eval_loss for row in run.log if row.eval_loss is not None]),
-    ):
-        finite = [value for value in values if math.isfinite(value)]
+    series = (
+        ("training loss", [(row.step, row.loss) for row in run.log if row.loss is not None]),
+        ("held-out loss", [(row.step, row.eval_loss) for row in run.log if row.eval_loss is not None]),
+    )
+    table = _table()
+    for label, points in series:
+        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
         if finite:
-            line = Text(f"\n{label}", style="bold")
-            screen.print(line.append(f"  {_spark(finite)}  {finite[0]:.3f} -> {finite[-1]:.3f}", style="not bold"))
+            (first, before), (last, after) = finite[0], finite[-1]
+            span = f"{before:.3f} -> {after:.3f}  (step {first:,} to {last:,})"
+            table.add_row(label, _spark([loss for _, loss in finite]), span)
+    if table.rows:
+        screen.say("\nLoss", style="bold")
+        screen.print(table)
 
 
-def _spark(values: list[float], width: int = 60) -> str:
+def _spark(values: Sequence[float], width: int = 48) -> str:
     step = max(1, math.ceil(len(values) / width))
     means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     low, high = min(means), max(means)
     return "".join(_BARS[round((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in means)
 
 
-def _checkpoints(screen: Screen, run: ts.Run) -> None:
-    from rich.table import Table
-
+def _modules(screen: Screen, adapter: ts.AdapterFacts) -> None:
+    """How far each kind of module moved, layer by layer, and how many directions it uses."""
     from tunesmith.cli.screen import clean
 
-    table = Table(title="Checkpoints", title_justify="left", title_style="bold", box=None, padding=(0, 2))
-    for column in ("name", "step", "training loss", "held-out loss", ""):
-        table.add_column(column, justify="left" if column in ("name", "") else "right")
-    for checkpoint in run.checkpoints:
+    kinds = adapter.by_kind()
+    relative = any(module.relative_update is not None for module in adapter.modules)
+    table = _table(
+        "kind", "modules", "|update| / |W|" if relative else "|update|", "by layer, first to last", "effective rank"
+    )
+    for name, modules in kinds.items():
+        sizes = [module.relative_update if relative else module.delta_norm for module in modules]
+        ranks = sorted(module.effective_rank for module in modules if module.effective_rank is not None)
+        known = sorted(size for size in sizes if size is not None)
+        median = known[len(known) // 2] if known else None
         table.add_row(
-            clean(checkpoint.name),
-            "-" if checkpoint.step is None else str(checkpoint.step),
-            "-" if checkpoint.loss is None else f"{checkpoint.loss:.3f}",
-            "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.3f}",
-            "best (recorded)" if checkpoint.is_best else "",
+            clean(name),
+            str(len(modules)),
+            "-" if median is None else f"{median:.2%}" if relative else f"{median:.3g}",
+            _strip(sizes, adapter, relative=relative),
+            f"{ranks[len(ranks) // 2]:.1f} of {max(module.r for module in modules)}" if ranks else "-",
         )
-    screen.say()
+    if kinds:
+        screen.say(f"\nAdapter: {len(adapter.modules)} modules", style="bold")
+        screen.print(table)
+        if adapter.measured < len(adapter.modules):
+            screen.say(f"  {adapter.measured} modules measured; --thorough measures all of them.", style="dim")
+
+
+def _strip(sizes: Sequence[float | None], adapter: ts.AdapterFacts, *, relative: bool, width: int = 40) -> str:
+    """One bar a module, on one scale for the whole adapter; a dot where it was not measured."""
+    everywhere = [module.relative_update if relative else module.delta_norm for module in adapter.modules]
+    highest = max((size for size in everywhere if size is not None), default=0.0) or 1.0
+    step = max(1, math.ceil(len(sizes) / width))
+    groups = [[size for size in sizes[i : i + step] if size is not None] for i in range(0, len(sizes), step)]
+    return "".join(
+        _BARS[min(len(_BARS) - 1, int(max(group) / highest * len(_BARS)))] if group else "·" for group in groups
+    )
+
+
+def _checkpoints(screen: Screen, run: ts.Run) -> None:
+    screen.say("\nCheckpoints", style="bold")
+    table = _table("name", "step", "training loss", "held-out loss", "")
+    points = list(run.checkpoints)
+    shown = points
+    if len(points) > _SHOWN_CHECKPOINTS:
+        half = _SHOWN_CHECKPOINTS // 2
+        shown = [*points[:half], *(one for one in points[half:-half] if one.is_best), *points[-half:]]
+    for point in shown:
+        table.add_row(
+            point.name,
+            "-" if point.step is None else f"{point.step:,}",
+            "-" if point.loss is None else f"{point.loss:.3f}",
+            "-" if point.eval_loss is None else f"{point.eval_loss:.3f}",
+            "best, says the trainer" if point.is_best else "",
+        )
     screen.print(table)
+    if len(shown) < len(points):
+        screen.say(f"  … and {len(points) - len(shown)} more", style="dim")
 
 
 def _files(screen: Screen, run: ts.Run) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from tunesmith.cli.screen import clean
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", ratio=1)
-    for needed in ("inference", "resuming", "record", "unknown"):
-        files = [file for file in run.files if file.needed_for == needed and not _in_checkpoint(file.path)]
-        if files:
-            table.add_row(Text(f"\nFiles {ts.text(f'needed.{needed}')}", style="bold"))
-        for file in files:
-            what = ts.text(f"file.{file.kind}").partition(". ")[0].removesuffix(".")
-            table.add_row(f"  {clean(file.path)}", human_bytes(file.size_bytes), what)
-    screen.print(table)
-    inside = [file for file in run.files if _in_checkpoint(file.path)]
-    screen.say()
-    if inside:
-        size = sum(file.size_bytes for file in inside)
-        resuming = sum(file.size_bytes for file in inside if file.needed_for == "resuming")
-        screen.say(
-            f"{len(inside)} more files in checkpoint-N directories: {human_bytes(size)}, "
-            f"of which {human_bytes(resuming)} only to resume training"
+    screen.say(f"\nFiles: {len(run.files):,}, {human_bytes(sum(file.size_bytes for file in run.files))}", style="bold")
+    table = _table()
+    for purpose in _PURPOSES:
+        files = [file for file in run.files if file.needed_for == purpose]
+        if not files:
+            continue
+        total = human_bytes(sum(file.size_bytes for file in files))
+        table.add_row(
+            Text(ts.text(f"needed.{purpose}"), style="bold"), Text(total, style="bold"), f"{len(files):,} files"
         )
-    screen.say(f"{human_bytes(sum(file.size_bytes for file in run.files))} in all")
+        for file in files:
+            if "/" not in file.path:
+                what = ts.text(f"file.{file.kind}").partition(". ")[0].removesuffix(".")
+                table.add_row(f"  {clean(file.path)}", human_bytes(file.size_bytes), Text(what, style="dim"))
+        inside = [file for file in files if "/" in file.path]
+        if inside:
+            size = human_bytes(sum(file.size_bytes for file in inside))
+            table.add_row(f"  in {_folders(inside)}", size, Text(f"{len(inside):,} files", style="dim"))
+    screen.print(table)
+    if any(file.needed_for == "resuming" for file in run.files):
+        screen.say(f"  {command('inspect', run.path, '--cleanup')} lists what could be deleted.", style="dim")
 
 
-def _in_checkpoint(path: str) -> bool:
-    return path.startswith("checkpoint-") and "/" in path
+def _folders(files: Sequence[ts.RunFile]) -> str:
+    from tunesmith.cli.screen import clean
+
+    names = list(dict.fromkeys(file.path.partition("/")[0] for file in files))
+    return f"{clean(names[0])}/" if len(names) == 1 else f"{len(names)} folders"
 
 
-def _findings(screen: Screen, inspection: ts.Inspection) -> None:
+def _health(screen: Screen, inspection: ts.Inspection, html: Path | None) -> None:
+    from rich.text import Text
+
+    from tunesmith.cli.screen import clean
+
+    screen.say("\nHealth", style="bold")
+    if not any(finding.severity != "ok" for finding in inspection.health):
+        screen.say("  Nothing looks unhealthy.", style="green")
+    table = _table()
+    for finding in inspection.health:
+        mark, style = _MARKS[finding.severity]
+        table.add_row(Text(mark, style=style), clean(ts.finding_text(finding)))
+    if table.rows:
+        screen.print(table)
     screen.say()
-    if not inspection.run.findings:
-        screen.say("Nothing looks unhealthy.")
-    for finding in inspection.run.findings:
-        screen.say(f"{_MARKS[finding.severity]}: {ts.finding_text(finding)}")
-    if not inspection.adapter.refusal:
-        screen.say(f"Next: {command('compare', inspection.run.path)}", style="dim")
+    if html is not None:
+        screen.say(f"Written: {html}")
+    if inspection.adapter and not inspection.adapter.refusal:
+        several = len(inspection.run.checkpoints) > 1
+        screen.say(f"Next: {command('checkpoints' if several else 'compare', inspection.run.path)}", style="dim")
+
+
+def _print_pairs(screen: Screen, rows: Sequence[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    from tunesmith.cli.screen import clean
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, clean(value))
+    screen.print(table)
+
+
+def _table(*columns: str) -> Table:
+    """A table without lines, moved to the right; with column heads where there are any."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), show_header=bool(columns), header_style="dim", pad_edge=True)
+    for column in columns:
+        numeric = column in (
+            "step",
+            "training loss",
+            "held-out loss",
+            "modules",
+            "|update| / |W|",
+            "|update|",
+            "effective rank",
+        )
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table

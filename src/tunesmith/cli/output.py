@@ -7,12 +7,15 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import tunesmith as ts
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
     from tunesmith.cli.screen import Screen
     from tunesmith.progress import ProgressCallback
     from tunesmith.record import Record
@@ -35,13 +38,7 @@ def print_json(record: Record, *, indent: int | None = 2) -> None:
     Raises:
         TunesmithError: it names a file whose name is not UTF-8.
     """
-    try:
-        document = record.model_dump_json(indent=indent)
-    except ValueError as error:  # pydantic's own; the file system hands such names on as lone surrogates
-        raise ts.TunesmithError(
-            "A file's name is not UTF-8, so JSON cannot hold it.", next_step="rename the file, or leave --json out"
-        ) from error
-    _write_json(document)
+    _write_json(record.to_json(indent=indent))
 
 
 def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
@@ -54,7 +51,7 @@ def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
     console(stderr=True).print(message, soft_wrap=True)
     if as_json:
         with suppress(OSError):  # standard output may be what failed
-            _write_json(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2))
+            _write_json(json.dumps({"schema_version": 1, **error.as_dict()}, indent=2) + "\n")
 
 
 def command(*words: object) -> str:
@@ -78,10 +75,26 @@ def progress_bar() -> Iterator[ProgressCallback]:
     if not screen.is_terminal:
         yield _lines(screen)
         return
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
     from tunesmith.cli.screen import clean
+
+    tasks: dict[str, TaskID] = {}
+    with ExitStack() as shown:
+        bars: Bars | None = None
+
+        def show(event: ts.Progress) -> None:
+            nonlocal bars
+            if bars is None:  # not before there is something to show
+                bars = shown.enter_context(_bars(screen))
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
+            bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=clean(event.detail)[:40])
+
+        yield show
+
+
+def _bars(screen: Screen) -> Bars:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -90,15 +103,7 @@ def progress_bar() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
     )
-    with Bars(*columns, console=screen, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(event: ts.Progress) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
-            bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=clean(event.detail)[:40])
-
-        yield show
+    return Bars(*columns, console=screen, transient=True)
 
 
 def _lines(screen: Screen) -> ProgressCallback:
@@ -115,5 +120,5 @@ def _lines(screen: Screen) -> ProgressCallback:
 def _write_json(document: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    sys.stdout.write(document + "\n")
+    sys.stdout.write(document)
     sys.stdout.flush()

@@ -18,6 +18,9 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The report.")] = Path("report.html"),
     base: BaseOption = None,
     checkpoint: CheckpointOption = "final",
+    choice: Annotated[
+        Path | None, typer.Option("--choice", metavar="FILE.json", help="What checkpoints --json printed.")
+    ] = None,
     comparison: Annotated[
         Path | None,
         typer.Option("--comparison", metavar="FILE.json", help="What compare --out wrote. Default: compare now."),
@@ -43,6 +46,7 @@ def report(
             merged=merged,
             base=base,
             checkpoint=checkpoint,
+            choice=choice,
             comparison=comparison,
             verdict=verdict,
             merge_record=merge_record,

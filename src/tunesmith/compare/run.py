@@ -57,12 +57,12 @@ def compare(
     replies = []
     if prompts:
         for place, name in enumerate(names):
-            whole = _whole(progress, place, len(names))
+            whole = part_of(progress, place, len(names))
             replies += _replies(variants, name, prompts, settings, whole, cancellation)
     scored = {}
     if scored_rows:
         for place, name in enumerate(names):
-            whole = _whole(progress, place, len(names))
+            whole = part_of(progress, place, len(names))
             scored[name] = score(variants, name, scored_rows, progress=whole, cancellation=cancellation)
     return Comparison(
         run=run_name,
@@ -159,11 +159,17 @@ def _refuse_twice(what: str, names: Sequence[str]) -> None:
         raise DataError(what, found=", ".join(twice))
 
 
-def _whole(progress: ProgressCallback, place: int, variants: int) -> ProgressCallback:
-    """Progress of one of several equal parts as progress of the whole."""
+def part_of(progress: ProgressCallback, place: int, parts: int) -> ProgressCallback:
+    """Progress of one of several equal parts as progress of the whole.
+
+    Args:
+        progress: told of the whole.
+        place: which part, from 0.
+        parts: how many there are.
+    """
 
     def report(step: Progress) -> None:
         total = step.total or 0
-        progress(Progress(step.stage, place * total + step.done, variants * total, step.unit, step.detail))
+        progress(Progress(step.stage, place * total + step.done, parts * total, step.unit, step.detail))
 
     return report

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from tunesmith.adapter import Binding, LowRank, Stack
 from tunesmith.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ STRONG_GAIN = 0.98
 
 _FORECAST_TENSORS = 4
 _FORECAST_ROWS = 32
-_FORECAST_COLUMNS = 8192  # of all tensors together: feedback takes so many steps, one after another
+_FORECAST_COLUMNS = 4096  # of all tensors together: feedback takes so many steps, one after another
 
 
 def fidelity_of(name: str, sums: TileSums, rounding: str) -> TensorFidelity:
@@ -94,6 +95,12 @@ def forecast(base: Checkpoint, stack: Stack, binding: Binding) -> Forecast | Non
     Returns:
         None where no tensor of the base's own floating-point dtype has nothing but low-rank updates.
     """
+    # So few rows are no work for several threads of BLAS, which wait for each other on a busy machine.
+    with threadpool_limits(1):
+        return _forecast(base, stack, binding)
+
+
+def _forecast(base: Checkpoint, stack: Stack, binding: Binding) -> Forecast | None:
     total, seen, dtype = TileSums(), 0, ""
     for name, updates in _sampled(base, binding):
         dtype, rows = base.info(name).dtype, base.info(name).shape[0]
@@ -124,6 +131,7 @@ def _sampled(base: Checkpoint, binding: Binding) -> Iterator[tuple[str, list[Low
         and all(isinstance(update, LowRank) and update.block is None for update in updates)
     ]
     plain = [one for one in plain if base.info(one[0]).dtype == base.info(plain[0][0]).dtype]
+    plain = [one for one in plain if base.info(one[0]).shape[1] <= _FORECAST_COLUMNS] or plain
     columns = 0
     for place in np.unique(np.linspace(0, len(plain) - 1, _FORECAST_TENSORS).astype(int)) if plain else ():
         name, updates = plain[int(place)]

@@ -39,7 +39,7 @@ DTYPES = {"auto": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _BASE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "*.py", "*preprocessor_config.json")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?I?B)", re.IGNORECASE)
 _UNITS = {"B": 0, "KB": 1, "MB": 2, "GB": 3, "TB": 4}
-_QUANTIZED_SETTINGS = ("quantization_bit", "load_in_4bit", "load_in_8bit", "quantization_method")
+_QUANTIZED_SETTINGS = ("quantization_bit", "quant_bits", "load_in_4bit", "load_in_8bit")
 
 
 def plan_merge(

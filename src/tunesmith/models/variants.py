@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PLAIN_INITS
+from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAIN_INITS
 from tunesmith.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -53,7 +53,8 @@ class VariantSet:
     One thread at a time has a variant active; others wait.
 
     Attributes:
-        variants: the base, then the adapters, then the full models, in the order they were given.
+        variants: the base, then the adapters, then the full models, in the order they were given; at the end those
+            that are :meth:`attached` for a while.
         dtype: the dtype of weights and activations, such as ``float32``; adapter weights are float32 always.
         device: where they live.
     """
@@ -67,6 +68,7 @@ class VariantSet:
         self._tokenizer = tokenizer
         self._peft: Any = None
         self._adapter_keys: dict[str, str] = {}
+        self._adapters_made = 0
         self._full: tuple[str, Any, Any] | None = None
         self._current = BASE
         self._lock = threading.RLock()
@@ -169,6 +171,43 @@ class VariantSet:
             finally:
                 self._select(before)
 
+    @contextmanager
+    def attached(self, name: str, path: str | Path) -> Iterator[Variant]:
+        """Have one more adapter beside the base for a while; its memory is given back afterwards.
+
+        So a hundred adapters can be looked at one after another in the memory of one.
+
+        Args:
+            name: the new variant's name.
+            path: its PEFT LoRA adapter directory.
+
+        Yields:
+            The variant.
+
+        Raises:
+            DataError: there is a variant of that name.
+            AdapterError: the adapter is absent or unreadable, does not fit the base, or changes the base's own weights.
+        """
+        variant = Variant(name=name, kind="adapter", path=str(path))
+        with self._lock:
+            if name in self._by_name:
+                raise DataError("Two variants have the same name.", found=name)
+            try:
+                with quiet_loading():
+                    self._attach(name, Path(path))
+                self._by_name[name] = variant
+                self.variants = tuple(self._by_name.values())
+            except BaseException:
+                self._detach(name)
+                raise
+            finally:
+                self._select(self._current)
+        try:
+            yield variant
+        finally:
+            with self._lock:
+                self._detach(name)
+
     def _select(self, name: str) -> None:
         self._current = name
         if self._peft is None:
@@ -184,9 +223,11 @@ class VariantSet:
 
     def _attach(self, name: str, path: Path) -> None:
         # PEFT makes module names of adapter names, so a dot or its own prefix in them would break it.
-        key = f"variant{len(self._adapter_keys)}"
+        key = f"variant{self._adapters_made}"
         config = _read_adapter_config(path)
         untouched = _fingerprint(self._model)
+        self._adapters_made += 1
+        self._adapter_keys[name] = key
         try:
             if self._peft is None:
                 from peft import PeftModel
@@ -212,8 +253,20 @@ class VariantSet:
                 expected="an adapter of LoRA matrices and modules_to_save only",
                 found=f"bias = {config.bias!r}, or tensors of the base among the adapter's",
             )
-        self._adapter_keys[name] = key
         self._model.eval()
+
+    def _detach(self, name: str) -> None:
+        """Forget a variant, also one that was only half made; whatever was active stays so, or the base does."""
+        self._by_name.pop(name, None)
+        self.variants = tuple(self._by_name.values())
+        key = self._adapter_keys.pop(name, None)
+        if self._peft is not None and key in self._peft.peft_config:
+            with quiet_loading():  # PEFT tells which adapter it makes active in its place
+                self._peft.delete_adapter(key)
+                if not self._peft.peft_config:
+                    # PEFT cannot begin again on wrappers that hold no adapter.
+                    self._model, self._peft = self._peft.unload(), None
+        self._select(BASE if self._current == name else self._current)
 
     def _load_full(self, variant: Variant) -> tuple[Any, Any]:
         if self._full is None or self._full[0] != variant.name:
@@ -293,6 +346,14 @@ def _load_tokenizer(path: Path) -> Any:
 def _read_adapter_config(path: Path) -> Any:
     from peft import PeftConfig
 
+    if (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).exists():
+        raise UnsupportedAdapterError(
+            "An adapter of mlx-lm's runs in mlx-lm only.",
+            where=path,
+            expected=ADAPTER_WEIGHTS,
+            found=MLX_WEIGHTS,
+            next_step="merge it with mlx_lm.fuse, and give the merged model's directory",
+        )
     # PEFT would fall back to a pickle.
     _require_files(path, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), AdapterError)
     try:

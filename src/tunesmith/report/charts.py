@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.adapter.records import AdapterFacts
+from tunesmith.compare import CheckpointChoice
 from tunesmith.report.escaping import visible
 from tunesmith.report.texts import text
 from tunesmith.runs import Run
@@ -35,6 +36,7 @@ _CALM = ("rgba(76,127,217,0.15)", "rgba(52,104,200,1)")  # lets the page through
 _MOST_OTHER = 0.5  # no way of rounding takes the further neighbour more often than the nearer
 _LAYERS_AT_EASE = 40  # up to so many, a row is high enough for its label
 _HATCH = "M-1,0.2L-0.2,1M-1,-0.6L0.6,1M-0.6,-1L1,0.6M0.2,-1L1,-0.2"
+_CROSS = "M-0.6,-0.6L0.6,0.6M-0.6,0.6L0.6,-0.6"
 _HATCH_STYLE = {"size": 150, "strokeWidth": 1, "color": _INK, "opacity": 0.3}
 _ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _FIRST_NUMBER = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
@@ -98,8 +100,69 @@ def loss_spec(run: Run, lang: str = "en") -> Spec | None:
     return _chart({"width": 800, "height": 250, "layer": [layer for _, _, layer in drawn]})
 
 
+def choice_spec(choice: CheckpointChoice, lang: str = "en") -> Spec | None:
+    """Held-out loss by step with 95 % intervals, the base as a line across, and the recommended checkpoint filled.
+
+    Args:
+        choice: which checkpoint to take.
+        lang: language of its labels.
+
+    Returns:
+        A Vega-Lite specification, or None where fewer than two checkpoints were scored.
+    """
+    points = [
+        {
+            "step": one.step,
+            "loss": one.loss.value,
+            "low": one.loss.value if one.loss.low is None else one.loss.low,
+            "high": one.loss.value if one.loss.high is None else one.loss.high,
+            "taken": one.name == choice.recommended,
+        }
+        for one in choice.candidates
+        if one.step is not None and one.loss is not None and one.same_as is None and math.isfinite(one.loss.value)
+    ]
+    base = next((one.loss.value for one in choice.candidates if one.name == "base" and one.loss), None)
+    if len(points) < 2:
+        return None
+    x = {"field": "step", "type": "quantitative", "title": text("chart.step", lang), "scale": {"zero": False}}
+    y = {"field": "loss", "type": "quantitative", "title": text("chart.loss.y", lang), "scale": {"zero": False}}
+    fill = {"condition": {"test": "datum.taken", "value": _HELD_OUT}, "value": "transparent"}
+    layers: list[Spec] = [
+        {"mark": {"type": "line", "strokeWidth": 1.5, "color": _HELD_OUT}, "encoding": {"x": x, "y": y}},
+        {
+            "mark": {"type": "rule", "strokeWidth": 1.5, "color": _HELD_OUT, "opacity": 0.55},
+            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "size": 90, "stroke": _HELD_OUT, "strokeWidth": 2, "opacity": 1},
+            "encoding": {"x": x, "y": y, "fill": fill},
+        },
+    ]
+    if base is not None and math.isfinite(base):
+        across = {"y": {"datum": base, "type": "quantitative", "scale": {"zero": False}}}
+        words = {
+            "type": "text",
+            "text": text("chart.choice.base", lang),
+            "align": "left",
+            "dx": 6,
+            "dy": -7,
+            "color": _INK,
+        }
+        layers += [
+            {
+                "data": {"values": [{}]},
+                "mark": {"type": "rule", "strokeDash": [4, 4], "color": _QUIET},
+                "encoding": across,
+            },
+            {"data": {"values": [{}]}, "mark": words, "encoding": {**across, "x": {"value": 0}}},
+        ]
+    return _chart({"width": 800, "height": 200, "data": {"values": points}, "layer": layers})
+
+
 def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | None:
     """A layer × module field on a log scale: the merge's relative error, or the update's size |Δ| / |W|.
+
+    Hatched where there is no adapter, crossed where it never moved, blank where it was not measured.
 
     Args:
         source: a verdict with its tensors, or an adapter whose base norms are known.
@@ -111,11 +174,12 @@ def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | Non
     cells = _error_cells(source) if isinstance(source, Verdict) else _update_cells(source)
     if not cells:
         return None
-    layers = sorted({layer for layer, _ in cells})
-    modules = sorted({module for _, module in cells}, key=_reading_order)
+    still, unread = (set(), set()) if isinstance(source, Verdict) else _without_a_size(source)
+    adapted = cells.keys() | still | unread
+    layers = sorted({layer for layer, _ in adapted})
+    modules = sorted({module for _, module in adapted}, key=_reading_order)
+    gaps = {(layer, module) for module in modules for layer in layers} - adapted
     rows = [{"layer": layer, "module": module, "value": value} for (layer, module), value in cells.items()]
-    places = [(layer, module) for module in modules for layer in layers]
-    gaps = [{"layer": layer, "module": module} for layer, module in places if (layer, module) not in cells]
     bare = {"domain": False, "ticks": False}
     color = {
         "field": "value",
@@ -137,10 +201,16 @@ def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | Non
                     "mark": {"type": "rect", "cornerRadius": 2, "width": {"band": 0.92}, "height": {"band": 0.92}},
                     "encoding": {"color": color, "tooltip": [{"field": name} for name in ("module", "layer", "value")]},
                 },
-                {"data": {"values": gaps}, "mark": {"type": "point", "shape": _HATCH, **_HATCH_STYLE}},
+                _marked(gaps, _HATCH),
+                *([_marked(still, _CROSS)] if still else []),
             ],
         }
     )
+
+
+def _marked(places: Collection[tuple[int, str]], shape: str) -> Spec:
+    rows = [{"layer": layer, "module": module} for layer, module in sorted(places)]
+    return {"data": {"values": rows}, "mark": {"type": "point", "shape": shape, **_HATCH_STYLE}}
 
 
 @dataclass
@@ -376,10 +446,18 @@ def _error_cells(verdict: Verdict) -> dict[tuple[int, str], float]:
 def _update_cells(facts: AdapterFacts) -> dict[tuple[int, str], float]:
     cells: dict[tuple[int, str], float] = {}
     for module in facts.modules:
-        place = _place(module.module)
-        if place and module.base_norm and math.isfinite(module.delta_norm / module.base_norm):
-            cells[place] = max(cells.get(place, 0.0), module.delta_norm / module.base_norm, 1e-9)
+        place, size = _place(module.module), module.relative_update
+        if place and size and math.isfinite(size) and module.moved is not False:
+            cells[place] = max(cells.get(place, 0.0), size, 1e-9)
     return cells
+
+
+def _without_a_size(facts: AdapterFacts) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
+    """Places of modules that never moved, and of all others whose size is not known."""
+    places = [(place, module.moved) for module in facts.modules if (place := _place(module.module))]
+    sized = _update_cells(facts).keys()
+    still = {place for place, moved in places if moved is False} - sized
+    return still, {place for place, _ in places} - still - sized
 
 
 def _place(module: str) -> tuple[int, str] | None:

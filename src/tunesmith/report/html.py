@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunesmith.adapter.records import AdapterFacts
-from tunesmith.compare import Comparison
+from tunesmith.compare import CheckpointChoice, Comparison
 from tunesmith.merge import Merged
 from tunesmith.record import Finding
 from tunesmith.report import charts, units, view
@@ -24,7 +25,7 @@ from tunesmith.verify import Verdict
 if TYPE_CHECKING:
     from jinja2 import Template
     from markupsafe import Markup
-    from typing_extensions import Unpack
+    from typing_extensions import NotRequired, Unpack
 
 _HTML_LANGUAGE = {"en": "en", "zh": "zh-Hans"}
 
@@ -35,6 +36,8 @@ class Parts(TypedDict):
     Attributes:
         run: the run.
         adapter: what its adapter is.
+        health: what looks unhealthy, the gravest first; None for the run's own findings.
+        choice: which checkpoint to take.
         comparison: replies and scores of base and fine-tune.
         merged: the merge.
         verdict: its verification.
@@ -42,22 +45,27 @@ class Parts(TypedDict):
 
     run: Run
     adapter: AdapterFacts | None
-    comparison: Comparison | None
-    merged: Merged | None
-    verdict: Verdict | None
+    health: NotRequired[Sequence[Finding] | None]
+    choice: NotRequired[CheckpointChoice | None]
+    comparison: NotRequired[Comparison | None]
+    merged: NotRequired[Merged | None]
+    verdict: NotRequired[Verdict | None]
 
 
 def render_report(
     *,
     run: Run,
     adapter: AdapterFacts | None,
-    comparison: Comparison | None,
-    merged: Merged | None,
-    verdict: Verdict | None,
+    health: Sequence[Finding] | None = None,
+    choice: CheckpointChoice | None = None,
+    comparison: Comparison | None = None,
+    merged: Merged | None = None,
+    verdict: Verdict | None = None,
 ) -> str:
     """Render the records as one HTML document.
 
-    A part that is None becomes one line that says which command adds it.  Text of models, file names and data is
+    A part that is None becomes one line that says which command adds it; where there is none of comparison, merge and
+    verification, the document is about the run directory and its health alone.  Text of models, file names and data is
     escaped, and characters that would steer the display are shown by name.  The document asks no server for
     anything; its content security policy forbids any script but its own.
 
@@ -67,7 +75,13 @@ def render_report(
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts: dict[str, Any] = {
+        "run_only": comparison is None and merged is None and verdict is None,
+        "state_of_run": view.health_state(run.findings if health is None else health),
+        "health": run.findings if health is None else health,
         "headline": view.headline(run, merged, verdict),
+        "kinds": view.module_kinds(adapter) if adapter else [],
+        "choice": choice,
+        "choice_charts": _drawn(charts.choice_spec, choice),
         "effect": view.effect(comparison) if comparison else None,
         "exchanges": view.exchanges(comparison) if comparison else ([], []),
         "fact_groups": view.fact_groups(run, adapter),

@@ -3,23 +3,31 @@
 Reads names, headers and logs only: never weights, never a pickle.
 """
 
+from tunesmith.runs.cleanup import Cleaned, Cleanup, apply_cleanup, plan_cleanup
 from tunesmith.runs.files import CATALOGUE
-from tunesmith.runs.open import FINAL, HELD_OUT, MANIFEST, as_run, checkpoint_of, open_run
-from tunesmith.runs.records import LogRow, Run, RunCheckpoint, RunFile
+from tunesmith.runs.open import FINAL, HELD_OUT, as_run, checkpoint_of, open_run
+from tunesmith.runs.records import LogRow, Overruled, Run, RunCheckpoint, RunFile, Setting
 from tunesmith.runs.tokenizer import TOKENIZER_FILES, tokenizer_dir
+from tunesmith.runs.tools import MANIFEST
 
 __all__ = [
     "CATALOGUE",
+    "Cleaned",
+    "Cleanup",
     "FINAL",
     "HELD_OUT",
     "LogRow",
     "MANIFEST",
+    "Overruled",
     "Run",
     "RunCheckpoint",
     "RunFile",
+    "Setting",
     "TOKENIZER_FILES",
+    "apply_cleanup",
     "as_run",
     "checkpoint_of",
     "open_run",
+    "plan_cleanup",
     "tokenizer_dir",
 ]

@@ -2,85 +2,138 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from tunesmith.checkpoint import Sought, full_precision_sibling, hub_snapshot, is_hub_id
 from tunesmith.errors import RunError
+from tunesmith.progress import ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
 from tunesmith.runs.files import list_files
-from tunesmith.runs.logs import TRAINER_LOG, TRAINER_STATE, as_number, health, merge_logs, read_jsonl, read_log
+from tunesmith.runs.health import health
+from tunesmith.runs.logs import SWIFT_LOG, TRAINER_LOG, TRAINER_STATE, as_number, merge_logs, read_log
+from tunesmith.runs.pickles import scan_run
+from tunesmith.runs.reading import Documents, is_file
 from tunesmith.runs.records import LogRow, Run, RunCheckpoint
+from tunesmith.runs.settings import read_settings
 from tunesmith.runs.tokenizer import holds_tokenizer
+from tunesmith.runs.tools import ADAPTER_CONFIG, FACTORY_PRINTED, MANIFEST, wrote
 
-MANIFEST = "tunesmith_run.json"
 HELD_OUT = "held_out.jsonl"
 FINAL = "final"
 
-_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+_PICKLED_WEIGHTS = "adapter_model.bin"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_STATE_SETTINGS = ("max_steps", "num_train_epochs", "train_batch_size")
+_LOOKED_INTO = 256  # of the folders of one that is no run itself
+_LISTED = 12
+_MOST_METRICS = 1000
+_MESSAGE_CHARACTERS = 200
+_ERROR_LINE = re.compile(r"^([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
+_HUB_ADAPTER = Sought(
+    noun="adapter",
+    entry=ADAPTER_CONFIG,
+    weights=("adapter_model.safetensors",),
+    small=("*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "*.yaml", "README.md", "LICENSE*"),
+    elsewhere="give its directory",
+    error=RunError,
+)
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory, one of its checkpoints, or a bare adapter directory.
+def open_run(path: str | os.PathLike[str], *, progress: ProgressCallback = no_progress) -> Run:
+    """Open a run directory, one of its checkpoints, a bare adapter directory, or an adapter of the hub.
+
+    A directory that holds no adapter, but one run (as ms-swift's output does), stands for that run.
 
     Args:
-        path: the directory.
+        path: the directory; or a hub id, ``org/name`` or ``org/name@revision``, where there is no directory of that
+            name.
+        progress: told of what is fetched.
 
     Returns:
         The run.
 
     Raises:
-        RunError: the directory is absent, is a file, or holds no adapter.
+        RunError: the directory is absent, is a file, or holds no adapter, or several runs; or the hub has no such
+            adapter.
     """
+    root = _located(path, progress)
+    within = _run_within(root)
+    run = _read(within or root)
+    if within is None:
+        return run
+    inside = Finding(code="run_inside", severity="info", params={"folder": within.name})
+    return run.model_copy(update={"findings": (inside, *run.findings)})
+
+
+def _located(path: str | os.PathLike[str], progress: ProgressCallback) -> Path:
     root = Path(path).expanduser()
-    if not root.is_dir():
-        raise RunError(
-            "The run directory is a file." if root.exists() else "The run directory is not there.",
-            where=root,
-            expected="the output directory of a LoRA fine-tune",
-        )
-    root = root.resolve()
-    findings: list[Finding] = []
-    state = _state(root, findings)
-    log_rows, damaged = read_jsonl(root / TRAINER_LOG) if (root / TRAINER_LOG).is_file() else ([], [])
-    history = state.get("log_history")
-    log = merge_logs(
-        read_log([row for row in history if isinstance(row, dict)] if isinstance(history, list) else [], TRAINER_STATE),
-        read_log(log_rows, TRAINER_LOG),
+    try:
+        if root.is_dir():
+            return root.resolve()
+        there = root.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError("The run directory's name is not one.", where=repr(os.fspath(path)), found=error) from error
+    if not there and is_hub_id(os.fspath(path)):
+        return hub_snapshot(os.fspath(path), _HUB_ADAPTER, fetch=True, progress=progress).absolute()
+    raise RunError(
+        "The run directory is a file." if there else "The run directory is not there.",
+        where=root,
+        expected="the output directory of a LoRA fine-tune",
     )
-    checkpoints = _checkpoints(root, state, log)
+
+
+def _read(root: Path) -> Run:
+    documents = Documents(root)
+    folders = _checkpoint_folders(root)
+    state_file = _state_file(documents, folders)
+    state = documents.json(state_file, history=True)
+    log, findings = _log(documents, state, state_file)
+    checkpoints = _checkpoints(root, folders, state, log)
     if not checkpoints:
         raise _no_adapter(root)
-    manifest = _json(root / MANIFEST, findings)
-    config = _json(Path(checkpoints[-1].path) / _CONFIG, findings)
-    base = config.get("base_model_name_or_path")
-    files = list_files(root)
-    findings += [*damaged, *health(log), *_completeness(root, checkpoints, state)]
+    config = documents.json(_relative(root, Path(checkpoints[-1].path) / ADAPTER_CONFIG), follow=True)
+    settings, disagreements = read_settings(documents, config, state, state_file=state_file)
+    writer, mark = wrote(documents, config, trained=bool(folders))
+    base = _text(config.get("base_model_name_or_path") or config.get("model")) or None
+    files, listing = list_files(root)
+    metrics = _metrics(documents)
+    planned = state.get("max_steps")
+    findings = [
+        *documents.findings,
+        *findings,
+        *health(log, {one.name: one.value for one in settings}, planned if isinstance(planned, int) else None),
+        *_completeness(root, checkpoints, state, base),
+        *_crash(documents),
+        *disagreements,
+        *listing,
+        *scan_run(root, files),
+    ]
     return Run(
         path=str(root),
-        kind=_kind(root, checkpoints),
-        writer=_writer(root),
-        base_model=base if isinstance(base, str) and base else None,
-        base_sha256=_text(manifest.get("base_sha256")),
+        kind=_kind(root, checkpoints, log),
+        writer=writer,
+        writer_mark=mark,
+        base_model=base,
+        base_sha256=_text(documents.json(MANIFEST).get("base_sha256")),
         files=files,
         checkpoints=checkpoints,
         log=log,
-        hyperparameters=_hyperparameters(root, state, manifest, findings),
-        metrics=_metrics(root, findings),
-        held_out=HELD_OUT if (root / HELD_OUT).is_file() else None,
+        settings=settings,
+        metrics=metrics,
+        held_out=HELD_OUT if documents.has(HELD_OUT) else None,
         findings=tuple(findings),
     )
 
 
-def as_run(run: Run | str | os.PathLike[str]) -> Run:
-    """The run itself, or the one in that directory."""
-    return run if isinstance(run, Run) else open_run(run)
+def as_run(run: Run | str | os.PathLike[str], *, progress: ProgressCallback = no_progress) -> Run:
+    """The run itself, or the one in that directory, or of that name on the hub."""
+    return run if isinstance(run, Run) else open_run(run, progress=progress)
 
 
 def checkpoint_of(run: Run, name: str | int) -> RunCheckpoint:
@@ -107,119 +160,169 @@ def checkpoint_of(run: Run, name: str | int) -> RunCheckpoint:
     )
 
 
-def _kind(root: Path, checkpoints: tuple[RunCheckpoint, ...]) -> Literal["run", "checkpoint", "adapter"]:
-    if _CHECKPOINT.fullmatch(root.name):
-        return "checkpoint"
-    logged = (root / TRAINER_LOG).exists() or (root / TRAINER_STATE).exists()
-    return "run" if logged or any(checkpoint.name != FINAL for checkpoint in checkpoints) else "adapter"
+def _run_within(root: Path) -> Path | None:
+    """The one run inside a directory that holds no adapter itself: ms-swift puts a version folder between.
+
+    Raises:
+        RunError: it holds several.
+    """
+    if is_file(root / ADAPTER_CONFIG) or _checkpoint_folders(root) or is_file(root / "config.json"):
+        return None
+    runs = [
+        folder
+        for folder in _folders(root)
+        if not folder.name.startswith(".") and (is_file(folder / ADAPTER_CONFIG) or _checkpoint_folders(folder))
+    ]
+    if len(runs) < 2:
+        return runs[0] if runs else None
+    names = sorted((folder.name for folder in runs), key=_natural)
+    more = len(names) - _LISTED
+    raise RunError(
+        "This directory holds several runs.",
+        where=root,
+        expected="one of them",
+        details=[*names[:_LISTED], *([f"… and {more} more"] if more > 0 else [])],
+        next_step=f"tunesmith inspect {root / names[-1]}",
+    )
 
 
-def _writer(root: Path) -> Literal["tunesmith", "llamafactory", "trainer", "peft"]:
-    if (root / MANIFEST).exists():
-        return "tunesmith"
-    if (root / TRAINER_LOG).exists():
-        return "llamafactory"
-    trained = (root / TRAINER_STATE).exists() or (root / "training_args.bin").exists()
-    return "trainer" if trained or any(_checkpoint_folders(root)) else "peft"
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _folders(root: Path) -> list[Path]:
+    """Directories in a directory; links are not followed."""
+    try:
+        with os.scandir(root) as entries:
+            found = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return sorted(found)[:_LOOKED_INTO]
 
 
 def _checkpoint_folders(root: Path) -> list[tuple[int, Path]]:
-    matches = ((_CHECKPOINT.fullmatch(child.name), child) for child in root.iterdir() if child.is_dir())
-    return sorted((int(match[1]), child) for match, child in matches if match and (child / _CONFIG).is_file())
+    try:
+        with os.scandir(root) as entries:
+            matches = [
+                (match, Path(entry.path))
+                for entry in entries
+                if (match := _CHECKPOINT.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError as error:
+        raise RunError("The run directory cannot be read.", where=root, found=error.strerror or error) from error
+    folders = sorted((int(match[1]), folder) for match, folder in matches if is_file(folder / ADAPTER_CONFIG))
+    # One that was being written when the training was killed is no checkpoint, unless there is no other.
+    return [(step, folder) for step, folder in folders if _holds_weights(folder)] or folders
 
 
-def _state(root: Path, findings: list[Finding]) -> dict[str, Any]:
+def _holds_weights(folder: Path) -> bool:
+    return any(is_file(folder / name) for name in (*_WEIGHTS, _PICKLED_WEIGHTS))
+
+
+def _kind(
+    root: Path, checkpoints: Sequence[RunCheckpoint], log: Sequence[LogRow]
+) -> Literal["run", "checkpoint", "adapter"]:
+    if _CHECKPOINT.fullmatch(root.name):
+        return "checkpoint"
+    logged = log or is_file(root / TRAINER_LOG) or is_file(root / TRAINER_STATE)
+    return "run" if logged or any(checkpoint.name != FINAL for checkpoint in checkpoints) else "adapter"
+
+
+def _state_file(documents: Documents, folders: Sequence[tuple[int, Path]]) -> str:
     """The trainer's state: the root's, else that of the last checkpoint of a run that was broken off."""
-    if (root / TRAINER_STATE).is_file():
-        return _json(root / TRAINER_STATE, findings)
-    folders = _checkpoint_folders(root)
-    return _json(folders[-1][1] / TRAINER_STATE, findings) if folders else {}
+    if documents.has(TRAINER_STATE) or not folders:
+        return TRAINER_STATE
+    return f"{folders[-1][1].name}/{TRAINER_STATE}"
 
 
-def _checkpoints(root: Path, state: dict[str, Any], log: tuple[LogRow, ...]) -> tuple[RunCheckpoint, ...]:
+def _log(documents: Documents, state: Mapping[str, Any], state_file: str) -> tuple[tuple[LogRow, ...], list[Finding]]:
+    history = state.get("log_history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    series = [read_log(rows, state_file)]
+    series += [read_log(documents.rows(name), name) for name in (TRAINER_LOG, SWIFT_LOG) if documents.has(name)]
+    return merge_logs(*series)
+
+
+def _checkpoints(
+    root: Path, folders: Sequence[tuple[int, Path]], state: Mapping[str, Any], log: Sequence[LogRow]
+) -> tuple[RunCheckpoint, ...]:
     best = state.get("best_model_checkpoint")
     best_name = re.split(r"[\\/]", best.rstrip("\\/"))[-1] if isinstance(best, str) else None
-    steps: list[tuple[str, int | None, Path]] = [
-        (folder.name, step, folder) for step, folder in _checkpoint_folders(root)
-    ]
-    if (root / _CONFIG).is_file():
+    steps: list[tuple[str, int | None, Path]] = [(folder.name, step, folder) for step, folder in folders]
+    # axolotl writes the configuration before it trains, so that alone is no adapter yet.
+    if is_file(root / ADAPTER_CONFIG) and (_holds_weights(root) or not folders):
         last = state.get("global_step")
-        steps.append((FINAL, last if isinstance(last, int) else None, root))
+        steps.append((FINAL, last if isinstance(last, int) and not isinstance(last, bool) else None, root))
+    losses = [(row.step, row.loss) for row in log if row.loss is not None]
+    held_out = {row.step: row.eval_loss for row in log}
     return tuple(
         RunCheckpoint(
             name=name,
             step=step,
             path=str(folder),
-            loss=_last(row.loss for row in log if step is not None and row.step <= step),
-            eval_loss=_last(row.eval_loss for row in log if row.step == step),
+            loss=None if step is None else _at(losses, step),
+            eval_loss=None if step is None else held_out.get(step),
             is_best=name == best_name,
         )
         for name, step, folder in steps
     )
 
 
-def _last(values: Any) -> float | None:
-    found: float | None = None
-    for value in values:
-        found = value if value is not None else found
-    return found
+def _at(logged: Sequence[tuple[int, float]], step: int) -> float | None:
+    """What was logged last at or before a step."""
+    place = bisect_right(logged, step, key=lambda pair: pair[0])
+    return logged[place - 1][1] if place else None
 
 
-def _completeness(root: Path, checkpoints: tuple[RunCheckpoint, ...], state: dict[str, Any]) -> list[Finding]:
+def _completeness(
+    root: Path, checkpoints: Sequence[RunCheckpoint], state: Mapping[str, Any], base: str | None
+) -> list[Finding]:
     findings = []
-    if checkpoints[-1].name != FINAL:
-        params = {"checkpoint": checkpoints[-1].name}
+    done, planned = (as_number(state.get(key)) for key in ("global_step", "max_steps"))
+    ended = done is not None and planned is not None and 0 < planned <= done
+    if checkpoints[-1].name != FINAL and not ended:  # ms-swift, for one, leaves nothing at the root
+        params: dict[str, Value] = {"checkpoint": checkpoints[-1].name}
         findings.append(Finding(code="run_unfinished", severity="warning", params=params))
-    done, planned = state.get("global_step"), state.get("max_steps")
-    if isinstance(done, int) and isinstance(planned, int) and 0 < done < planned:
-        findings.append(Finding(code="steps_missing", severity="warning", params={"done": done, "planned": planned}))
+    part_of_run = _CHECKPOINT.fullmatch(root.name)
+    if done is not None and planned is not None and 0 < done < planned and not part_of_run:
+        params = {"done": int(done), "planned": int(planned)}
+        findings.append(Finding(code="steps_missing", severity="warning", params=params))
     last = Path(checkpoints[-1].path)
     if not any(map(holds_tokenizer, (root, last))):
-        findings.append(Finding(code="tokenizer_missing", severity="warning"))
-    if not (last / "adapter_model.safetensors").is_file():
+        findings.append(Finding(code="tokenizer_missing", severity="info"))
+    if not any(is_file(last / name) for name in _WEIGHTS):
         findings.append(Finding(code="adapter_weights_missing", severity="error", params={"checkpoint": last.name}))
+    sibling = full_precision_sibling(base) if base else None
+    if sibling is not None:
+        params = {"base": base, "sibling": sibling}
+        findings.append(Finding(code="base_is_quantized", severity="info", params=params))
     return findings
 
 
-def _hyperparameters(
-    root: Path, state: dict[str, Any], manifest: dict[str, Any], findings: list[Finding]
-) -> dict[str, Value]:
-    settings: dict[str, Any] = {key: state[key] for key in _STATE_SETTINGS if key in state}
-    arguments = root / "training_args.yaml"
-    if arguments.is_file():
-        try:
-            document = yaml.safe_load(arguments.read_bytes())
-            settings.update(document if isinstance(document, dict) else {})
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            findings.append(Finding(code="file_unreadable", severity="warning", params={"file": arguments.name}))
-    settings.update(manifest)
-    plain: dict[str, Value] = {
-        str(key): value for key, value in settings.items() if isinstance(value, str | int | float | bool)
-    }
-    versions = manifest.get("versions")
-    if isinstance(versions, dict):
-        plain.update({f"version_{key}": str(value) for key, value in versions.items()})
-    return plain
+def _crash(documents: Documents) -> list[Finding]:
+    """The error with which the printed log ends; none where the training went on after it."""
+    printed = documents.text(FACTORY_PRINTED) if documents.has(FACTORY_PRINTED) else ""
+    _, trace, after = printed.rpartition("Traceback (most recent call last)")
+    errors = _ERROR_LINE.findall(after) if trace else []
+    if not errors or "Training completed" in after or "***** Running training" in after:
+        return []
+    return [
+        Finding(
+            code="training_crashed",
+            severity="warning",
+            params={"file": FACTORY_PRINTED, "message": errors[-1][:_MESSAGE_CHARACTERS]},
+        )
+    ]
 
 
-def _metrics(root: Path, findings: list[Finding]) -> dict[str, float]:
-    document = _json(root / "all_results.json", findings)
-    numbers = {key: as_number(value) for key, value in document.items()}
+def _metrics(documents: Documents) -> dict[str, float]:
+    found = islice(documents.json("all_results.json").items(), _MOST_METRICS)
+    numbers = {key: as_number(value) for key, value in found}
     return {key: number for key, number in numbers.items() if number is not None}
 
 
-def _json(path: Path, findings: list[Finding]) -> dict[str, Any]:
-    """A JSON object, or an empty one with a finding where it is damaged: a run is still a run without it."""
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        document = None
-    if isinstance(document, dict):
-        return document
-    findings.append(Finding(code="file_unreadable", severity="warning", params={"file": path.name}))
-    return {}
+def _relative(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def _text(value: object) -> str | None:
@@ -227,11 +330,15 @@ def _text(value: object) -> str | None:
 
 
 def _no_adapter(root: Path) -> RunError:
-    full_model = (root / "config.json").is_file()
+    full_model = is_file(root / "config.json")
+    try:
+        names = sorted(child.name for child in root.iterdir())[:8]
+    except OSError:
+        names = []
     return RunError(
         "This is a whole model, not a LoRA run." if full_model else "This directory holds no adapter.",
         where=root,
-        expected=f"{_CONFIG} here, or in a checkpoint-N directory",
-        found=", ".join(sorted(child.name for child in root.iterdir())[:8]) or "an empty directory",
+        expected=f"{ADAPTER_CONFIG} here, or in a checkpoint-N directory",
+        found=", ".join(names) or "an empty directory",
         next_step="give the output directory that the training wrote",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tunesmith.runs.reading import is_file
 from tunesmith.runs.records import Run, RunCheckpoint
 
 TOKENIZER_FILES = (
@@ -28,4 +29,4 @@ def tokenizer_dir(run: Run, checkpoint: RunCheckpoint, base: Path) -> Path | Non
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer's vocabulary, by its files' names."""
-    return any((folder / name).is_file() for name in _CORE)
+    return any(is_file(folder / name) for name in _CORE)
