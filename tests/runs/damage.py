@@ -80,6 +80,8 @@ CHECKPOINTS = [
 ]  # fmt: skip
 GOOD = ("a record", "refused")
 LONGEST_ERROR = 20_000
+# What no record may hold: settings of every kind of document.
+SECRET = json.dumps(dict.fromkeys(("loss", "learning_rate", "max_steps", "base_sha256", "template"), "the secret"))
 DOCUMENTS = ("*.json", "*.jsonl", "*.yaml", "*.md", "*.txt", "*.log")
 
 
@@ -334,30 +336,9 @@ def bombed(random: Random, case: Case) -> None:
 
 def crowded(random: Random, case: Case) -> None:
     """More files, folders or checkpoints than any run has."""
-    how = random.choice(("files", "depth", "checkpoints", "rows"))
-    if how == "files":
-        folder = case.root / "many"
-        folder.mkdir()
-        for number in range(20_500):
-            (folder / f"{number}.x").touch()
-    elif how == "depth":
-        place = os.open(case.root, os.O_DIRECTORY)
-        for _ in range(450):  # a path of more than 4,096 bytes
-            os.mkdir("d" * 9, dir_fd=place)
-            deeper = os.open("d" * 9, os.O_DIRECTORY, dir_fd=place)
-            os.close(place)
-            place = deeper
-        os.close(place)
-    elif how == "checkpoints":
-        for step in range(300):
-            folder = case.root / f"checkpoint-{step}"
-            folder.mkdir(exist_ok=True)
-            for file in ("adapter_config.json", "trainer_state.json", "training_args.bin", "optimizer.pt"):
-                (folder / file).write_bytes((CORPUS / "trl" / "checkpoint-8" / file).read_bytes())
-    else:
-        row = '{"current_steps": %d, "total_steps": 9, "loss": 1.5, "lr": 1e-4, "epoch": 0.5}\n'
-        rewrite(case.root / "trainer_log.jsonl", "".join(row % step for step in range(20_000)).encode())
-    case.steps.append(how)
+    name = random.choice(list(CROWDS))
+    CROWDS[name](case.root)
+    case.steps.append(name)
 
 
 def mixed(random: Random, case: Case) -> None:
@@ -384,6 +365,44 @@ def _sparse_line(path: Path) -> None:
         file.truncate(2**30)
 
 
+def _files(root: Path) -> None:
+    folder = root / "many"
+    folder.mkdir()
+    for number in range(20_500):
+        (folder / f"{number}.x").touch()
+
+
+def _folders(root: Path) -> None:
+    place = os.open(root, os.O_DIRECTORY)
+    for _ in range(450):  # a path of more than 4,096 bytes
+        os.mkdir("d" * 9, dir_fd=place)
+        deeper = os.open("d" * 9, os.O_DIRECTORY, dir_fd=place)
+        os.close(place)
+        place = deeper
+    os.close(place)
+
+
+def _checkpoints(root: Path) -> None:
+    for step in range(300):
+        folder = root / f"checkpoint-{step}"
+        folder.mkdir(exist_ok=True)
+        for file in ("adapter_config.json", "trainer_state.json", "training_args.bin", "optimizer.pt"):
+            (folder / file).write_bytes((CORPUS / "trl" / "checkpoint-8" / file).read_bytes())
+
+
+def _rows(root: Path) -> None:
+    row = '{"current_steps": %d, "total_steps": 9, "loss": 1.5, "lr": 1e-4, "epoch": 0.5}\n'
+    rewrite(root / "trainer_log.jsonl", "".join(row % step for step in range(20_000)).encode())
+
+
+# Each fills a run.
+CROWDS: dict[str, Callable[[Path], None]] = {
+    "20,500 files": _files,
+    "450 folders, one in the other": _folders,
+    "300 checkpoints": _checkpoints,
+    "20,000 rows": _rows,
+}
+
 # Each writes one file.
 BOMBS: dict[str, Callable[[Path], Any]] = {
     "64 MB of [": lambda path: path.write_bytes(b"[" * 64_000_000),
@@ -399,7 +418,9 @@ BOMBS: dict[str, Callable[[Path], Any]] = {
     "a line of a gigabyte": _sparse_line,
     "a billion laughs": _laughs,
     "merge keys that double": _merges,
-    "a megabyte of YAML anchors": lambda path: path.write_text("".join(f"k{n}: &k{n} {n}\n" for n in range(60_000))),
+    "ten megabytes of YAML anchors": lambda path: path.write_text(
+        "".join(f"k{n}: &k{n} {n}\n" for n in range(500_000))
+    ),
     "deep YAML": lambda path: path.write_text("a: " + "[" * 30_000),
     "deep YAML blocks": lambda path: path.write_text("".join(" " * n + "a:\n" for n in range(350))),
     "a card of nothing but dashes": lambda path: path.write_text("- a" * 100_000 + "\n" + "- a: \n" * 100_000),
@@ -428,6 +449,11 @@ KINDS: dict[str, tuple[int, Damage]] = {
 }
 
 
+def drawn_kind(random: Random) -> str:
+    """How a case is damaged; the first thing that is drawn."""
+    return random.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
+
+
 def damaged(seed: int, work: Path, *, kind: str | None = None) -> Case:
     """Make a case.
 
@@ -437,11 +463,11 @@ def damaged(seed: int, work: Path, *, kind: str | None = None) -> Case:
         kind: one of ``KINDS``; drawn where it is None.
     """
     random = Random(seed)  # noqa: S311 - not for secrets
-    drawn = random.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
+    drawn = drawn_kind(random)
     source = random.choice(SOURCES)
     outside = work / "outside"
     outside.mkdir(parents=True)
-    (outside / "secret.json").write_text('{"loss": "the secret", "step": 1}')
+    (outside / "secret.json").write_text(SECRET)
     if source == HUB:
         shutil.copytree(CORPUS / "hub-cache", work / "hub-cache", symlinks=True)
         root = work / source

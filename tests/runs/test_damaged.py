@@ -5,7 +5,9 @@ The long form, with 10,000 of them, is ``benchmarks/fuzz_runs.py``.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,16 @@ import pytest
 
 from tests.runs.damage import (
     BOMBS,
+    CORPUS,
+    CROWDS,
     GOOD,
     HUB,
     KINDS,
+    SECRET,
     SOURCES,
     SURFACES,
+    VALUES,
+    YAML_VALUES,
     Case,
     Verdict,
     cleared,
@@ -38,18 +45,24 @@ PER_KIND = 9
 # Of one case on a machine that does other things too; the benchmark holds each to a second.
 SECONDS = 5.0
 EXTRA_BYTES = 300 * 10**6
-# The larger ones take long to write; the benchmark has them.
+# Each where it does the most; the benchmark puts all of them everywhere.
+OBJECTS = ("adapter_config.json", "trainer_state.json")
+TEXTS = ("README.md", "running_log.txt")
 ATTACKS = [
     (bomb, file)
-    for bomb in BOMBS
-    if "million" not in bomb or "digits" in bomb
-    for file in (
-        ("training_args.yaml", "README.md")
-        if "YAML" in bomb or bomb in ("a billion laughs", "merge keys that double")
-        else ("README.md", "running_log.txt")
-        if "card" in bomb or "log" in bomb
-        else ("adapter_config.json", "trainer_state.json")
+    for files, bombs in (
+        (OBJECTS, ("30 MB of [", "one text of 50 MB", "one text of 30 MB", "a number of a million digits")),
+        (OBJECTS, ("a million keys", "five million empty rows", "a line of a gigabyte")),
+        (("all_results.json",), ("a million keys",)),
+        (("trainer_log.jsonl",), ("five million empty lines", "a line of a gigabyte", "30 MB of [")),
+        (("training_args.yaml", "README.md"), ("a billion laughs", "merge keys that double", "deep YAML")),
+        (("training_args.yaml",), ("deep YAML blocks", "ten megabytes of YAML anchors", "a line of a gigabyte")),
+        (TEXTS, ("a card of nothing but dashes", "a card that opens its recipe a thousand times")),
+        (TEXTS, ("digits in a printed log", "errors in a printed log", "words in a printed log")),
+        (TEXTS, ("a line of a gigabyte",)),
     )
+    for bomb in bombs
+    for file in files
 ]
 
 
@@ -69,6 +82,14 @@ def judged_at(seed: int, work: Path, *, kind: str, surface: str) -> Verdict:
     """Make a case in an empty folder, and judge it."""
     cleared(work)
     return judged(damaged(seed, work, kind=kind), surface)
+
+
+def sound(source: str, work: Path) -> Case:
+    """A run of the corpus as it is."""
+    (work / "outside").mkdir(parents=True)
+    (work / "outside" / "secret.json").write_text(SECRET)
+    shutil.copytree(CORPUS / source, work / source, symlinks=True)
+    return Case(0, "none", source, work / source, work / "outside")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bombs", "crowds")])
@@ -93,21 +114,95 @@ def test_a_damaged_run_makes_a_page_without_its_scripts(seed: int, work: Path) -
 @pytest.mark.parametrize(("bomb", "file"), ATTACKS)
 def test_a_file_whose_size_or_shape_is_the_attack_takes_no_time(bomb: str, file: str, work: Path) -> None:
     """A gigabyte in a line, a hundred thousand brackets, anchors that double: all are read in part or not at all."""
-    case = damaged(0, work, kind="truncated")
-    shutil.rmtree(case.root)
-    shutil.copytree(Path(__file__).parent / "corpus" / "llamafactory-webui", case.root)
+    case = sound("llamafactory-webui", work)
     (case.root / file).unlink(missing_ok=True)
     BOMBS[bomb](case.root / file)
     verdict = judged(case)
     assert good(verdict), verdict
 
 
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_a_crowd_takes_no_time(crowd: str, work: Path) -> None:
+    """A listing ends somewhere, and no path is too long to be passed by."""
+    case = sound("llamafactory-cli", work)
+    CROWDS[crowd](case.root)
+    verdict = judged(case)
+    assert good(verdict), verdict
+
+
+PLACES = {
+    "trainer_state.json": [
+        ("log_history",),
+        ("log_history", 0),
+        ("log_history", 0, "step"),
+        ("log_history", 0, "loss"),
+        ("log_history", 2, "eval_loss"),
+        ("global_step",),
+        ("max_steps",),
+        ("best_model_checkpoint",),
+        ("train_batch_size",),
+    ],
+    "adapter_config.json": [
+        ("base_model_name_or_path",),
+        ("r",),
+        ("lora_alpha",),
+        ("target_modules",),
+        ("rank_pattern",),
+        ("modules_to_save",),
+        ("auto_mapping",),
+    ],
+    "all_results.json": [("train_loss",), ("epoch",)],
+}
+
+
+@pytest.mark.parametrize(("file", "place"), [(file, place) for file, places in PLACES.items() for place in places])
+def test_a_value_of_any_type_in_any_place_is_no_crash(file: str, place: tuple[str | int, ...], work: Path) -> None:
+    """Each of the hostile values in each of the places that are read, and inspected."""
+    case = sound("llamafactory-cli", work)
+    document = json.loads((case.root / file).read_bytes())
+    node = document
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = "@@value@@"
+    verdicts = {}
+    for value in VALUES:
+        (case.root / file).write_text(json.dumps(document).replace('"@@value@@"', value), "utf-8", "surrogatepass")
+        verdicts[value[:60]] = judged(case, "inspect" if file == "adapter_config.json" else "run")
+    assert {value: verdict for value, verdict in verdicts.items() if not good(verdict)} == {}
+
+
+@pytest.mark.parametrize(("source", "file"), [("llamafactory-webui", "training_args.yaml"), ("axolotl", "README.md")])
+def test_a_yaml_value_of_any_kind_is_no_crash(source: str, file: str, work: Path) -> None:
+    """Tags, anchors, dates that are none: the parser's own errors are of many kinds."""
+    case = sound(source, work)
+    text = (case.root / file).read_text()
+    verdicts = {}
+    for value in YAML_VALUES:
+        changed = re.sub(r"(?m)^(lora_dropout|warmup_steps): .*$", lambda match: f"{match[1]}: {value}", text)  # noqa: B023 - called at once
+        assert changed != text
+        (case.root / file).write_text(changed, "utf-8", "surrogatepass")
+        verdicts[value[:60]] = judged(case)
+    assert {value: verdict for value, verdict in verdicts.items() if not good(verdict)} == {}
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["trainer_state.json", "all_results.json", "trainer_log.jsonl", "training_args.yaml", "args.json",
+     "tunesmith_run.json", "logging.jsonl", "llamaboard_config.yaml", "README.md"],
+)  # fmt: skip
+def test_what_a_link_out_of_the_run_leads_to_is_not_read(file: str, work: Path) -> None:
+    """Else a stranger's run would show, in a page that is passed on, what else is on the disk."""
+    case = sound("llamafactory-webui", work)
+    (case.root / file).unlink(missing_ok=True)
+    (case.root / file).symlink_to(case.outside / "secret.json")
+    verdict = judged(case)
+    assert verdict.outcome == "a record", verdict
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "trainer_state.json", "scheduler.pt", "checkpoint-8"])
 def test_a_link_that_no_system_can_follow_is_a_link(file: str, work: Path) -> None:
     """Its target is longer than a path may be, which is another error than that of a target that is not there."""
-    case = damaged(0, work, kind="truncated")
-    shutil.rmtree(case.root)
-    shutil.copytree(Path(__file__).parent / "corpus" / "trl", case.root)
+    case = sound("trl", work)
     place = case.root / file
     shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     place.symlink_to("x" * 4000)
@@ -118,14 +213,13 @@ def test_a_link_that_no_system_can_follow_is_a_link(file: str, work: Path) -> No
 @pytest.mark.parametrize("surface", SURFACES)
 def test_names_that_are_no_text_are_shown_as_some(surface: str, work: Path) -> None:
     """Bytes that are no UTF-8, and marks that would turn a terminal's line round or its letters red."""
-    case = damaged(0, work, kind="truncated")
-    shutil.rmtree(case.root)
-    case.root = case.root.with_name(os.fsdecode(b"caf\xe9\x1b[31m\n"))
-    shutil.copytree(Path(__file__).parent / "corpus" / "trl", case.root)
+    case = sound("trl", work)
+    case.root = case.root.rename(case.root.with_name(os.fsdecode(b"caf\xe9\x1b[31m\n")))
     for name in (b"\xff\xfe.bin", b"\x1b[31mred.json", b"\xe2\x80\xaetxt.exe", b"<script>alert(1)<", b"[bold]x"):
         (case.root / os.fsdecode(name)).touch()
     verdict = judged(case, surface)
-    assert verdict.outcome == "a record", verdict
+    # JSON is UTF-8, and cannot hold the run's own name.
+    assert verdict.outcome == ("refused" if surface in ("run", "inspect") else "a record"), verdict
 
 
 def test_every_kind_of_damage_reaches_a_record_and_a_refusal(work: Path) -> None:
@@ -165,10 +259,9 @@ def test_the_judge_sees_what_must_not_be(work: Path, monkeypatch: pytest.MonkeyP
 
 def test_damage_is_done_to_every_tools_run() -> None:
     """Sources are those of the corpus, and a value is really replaced."""
-    corpus = Path(__file__).parent / "corpus"
-    assert {Path(source).parts[0] for source in SOURCES} == {path.name for path in corpus.iterdir() if path.is_dir()}
-    assert open_run(corpus / HUB).kind == "adapter"
-    case = Case(0, "", "", corpus, corpus)
+    assert {Path(source).parts[0] for source in SOURCES} == {path.name for path in CORPUS.iterdir() if path.is_dir()}
+    assert open_run(CORPUS / HUB).kind == "adapter"
+    case = Case(0, "", "", CORPUS, CORPUS)
     drawn = {replaced(Random(seed), {"a": [1, {"b": 2}]}, case) for seed in range(60)}  # noqa: S311 - not for secrets
     assert len(drawn) > 30
 

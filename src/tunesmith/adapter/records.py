@@ -9,6 +9,11 @@ from pydantic import Field
 
 from tunesmith.record import Finding, Part, Record, Value
 
+READING_ORDER = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+)  # fmt: skip
+"""Attention before feed-forward, in the order in which they compute; other modules come after them."""
+
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Span = tuple[int, int, int]
@@ -256,11 +261,12 @@ class AdapterFacts(Record):
     findings: tuple[Finding, ...] = ()
 
     def by_kind(self) -> dict[str, tuple[ModuleFacts, ...]]:
-        """The modules by the last part of their names, such as ``q_proj``, each kind's in the order of the layers."""
+        """The modules by the last part of their names, in reading order; each kind's from the first layer to the last."""
         kinds: dict[str, list[ModuleFacts]] = {}
         for module in sorted(self.modules, key=lambda one: [int(part) for part in _NUMBERS.findall(one.module)]):
             kinds.setdefault(module.module.rpartition(".")[2], []).append(module)
-        return {name: tuple(modules) for name, modules in kinds.items()}
+        known = [name for name in READING_ORDER if name in kinds]
+        return {name: tuple(kinds[name]) for name in dict.fromkeys([*known, *kinds])}
 
 
 class AdapterDistance(Part):

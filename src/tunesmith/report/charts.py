@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.adapter.records import AdapterFacts
+from tunesmith.adapter.records import READING_ORDER, AdapterFacts
 from tunesmith.compare import CheckpointChoice
 from tunesmith.report.escaping import visible
 from tunesmith.report.texts import text
@@ -38,7 +38,6 @@ _LAYERS_AT_EASE = 40  # up to so many, a row is high enough for its label
 _HATCH = "M-1,0.2L-0.2,1M-1,-0.6L0.6,1M-0.6,-1L1,0.6M0.2,-1L1,-0.2"
 _CROSS = "M-0.6,-0.6L0.6,0.6M-0.6,0.6L0.6,-0.6"
 _HATCH_STYLE = {"size": 150, "strokeWidth": 1, "color": _INK, "opacity": 0.3}
-_ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _FIRST_NUMBER = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
 _ID = re.compile(r'\bid="([^"]+)"')
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
@@ -469,7 +468,7 @@ def _place(module: str) -> tuple[int, str] | None:
 def _reading_order(module: str) -> tuple[int, str]:
     """Attention before feed-forward, in the order in which they compute; other names after them."""
     last = module.rsplit(".", 1)[-1]
-    return (_ORDER.index(last) if last in _ORDER else len(_ORDER), module)
+    return (READING_ORDER.index(last) if last in READING_ORDER else len(READING_ORDER), module)
 
 
 def _decades(values: Collection[float]) -> list[float]:

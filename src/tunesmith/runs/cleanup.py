@@ -225,7 +225,8 @@ class _Judge:
             if inside is not None and inside is self._resumable:
                 return None, "resumable", inside.name
             return "resuming", "resuming", None
-        copied = file.kind == COPIED_KIND and "/" in file.path and inside is not self._resumable
+        in_checkpoint = inside is not None and inside.path != str(self._root) and inside is not self._resumable
+        copied = file.kind == COPIED_KIND and in_checkpoint
         return ("duplicate" if copied and self._same_at_root(file) else None), file.needed_for, None
 
     def _inside(self, path: str) -> RunCheckpoint | None:

@@ -6,6 +6,7 @@ import heapq
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.record import Finding, Value
@@ -233,6 +234,11 @@ def _number(value: object) -> float | None:
 
 def _seconds(value: object) -> float | None:
     """A duration: seconds, ``H:MM:SS``, ``D days, H:MM:SS`` or ``1h 2m 3s``."""
+    return _seconds_of(value) if isinstance(value, str | int | float) else None
+
+
+@lru_cache(maxsize=256)  # many rows are logged within a second
+def _seconds_of(value: str | float) -> float | None:
     if isinstance(value, str) and 0 < len(value) <= _LONGEST_NUMBER:
         match = _CLOCK.fullmatch(value) or _UNITS.fullmatch(value)
         if match and any(match.groups()):

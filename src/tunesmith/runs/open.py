@@ -26,6 +26,7 @@ from tunesmith.runs.tools import ADAPTER_CONFIG, FACTORY_PRINTED, MANIFEST, wrot
 
 HELD_OUT = "held_out.jsonl"
 FINAL = "final"
+_HELD_OUT_FILES = (HELD_OUT, "val_dataset.jsonl")  # ours, ms-swift's
 
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 _PICKLED_WEIGHTS = "adapter_model.bin"
@@ -33,6 +34,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LOOKED_INTO = 256  # of the folders of one that is no run itself
 _LISTED = 12
 _MOST_METRICS = 1000
+_MOST_STEPS = 10**9
 _MESSAGE_CHARACTERS = 200
 _ERROR_LINE = re.compile(r"^([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 _HUB_ADAPTER = Sought(
@@ -103,11 +105,10 @@ def _read(root: Path) -> Run:
     base = _text(config.get("base_model_name_or_path") or config.get("model")) or None
     files, listing = list_files(root)
     metrics = _metrics(documents)
-    planned = state.get("max_steps")
     findings = [
         *documents.findings,
         *findings,
-        *health(log, {one.name: one.value for one in settings}, planned if isinstance(planned, int) else None),
+        *health(log, {one.name: one.value for one in settings}, _steps(state.get("max_steps"))),
         *_completeness(root, checkpoints, state, base),
         *_crash(documents),
         *disagreements,
@@ -126,7 +127,7 @@ def _read(root: Path) -> Run:
         log=log,
         settings=settings,
         metrics=metrics,
-        held_out=HELD_OUT if documents.has(HELD_OUT) else None,
+        held_out=next(filter(documents.has, _HELD_OUT_FILES), None),
         findings=tuple(findings),
     )
 
@@ -251,8 +252,7 @@ def _checkpoints(
     steps: list[tuple[str, int | None, Path]] = [(folder.name, step, folder) for step, folder in folders]
     # axolotl writes the configuration before it trains, so that alone is no adapter yet.
     if is_file(root / ADAPTER_CONFIG) and (_holds_weights(root) or not folders):
-        last = state.get("global_step")
-        steps.append((FINAL, last if isinstance(last, int) and not isinstance(last, bool) else None, root))
+        steps.append((FINAL, _steps(state.get("global_step")), root))
     losses = [(row.step, row.loss) for row in log if row.loss is not None]
     held_out = {row.step: row.eval_loss for row in log}
     return tuple(
@@ -268,6 +268,12 @@ def _checkpoints(
     )
 
 
+def _steps(value: object) -> int | None:
+    """A number of steps; None for what is none, such as infinity."""
+    number = as_number(value)
+    return int(number) if number is not None and 0 <= number < _MOST_STEPS else None
+
+
 def _at(logged: Sequence[tuple[int, float]], step: int) -> float | None:
     """What was logged last at or before a step."""
     place = bisect_right(logged, step, key=lambda pair: pair[0])
@@ -278,14 +284,14 @@ def _completeness(
     root: Path, checkpoints: Sequence[RunCheckpoint], state: Mapping[str, Any], base: str | None
 ) -> list[Finding]:
     findings = []
-    done, planned = (as_number(state.get(key)) for key in ("global_step", "max_steps"))
+    done, planned = (_steps(state.get(key)) for key in ("global_step", "max_steps"))
     ended = done is not None and planned is not None and 0 < planned <= done
     if checkpoints[-1].name != FINAL and not ended:  # ms-swift, for one, leaves nothing at the root
         params: dict[str, Value] = {"checkpoint": checkpoints[-1].name}
         findings.append(Finding(code="run_unfinished", severity="warning", params=params))
     part_of_run = _CHECKPOINT.fullmatch(root.name)
     if done is not None and planned is not None and 0 < done < planned and not part_of_run:
-        params = {"done": int(done), "planned": int(planned)}
+        params = {"done": done, "planned": planned}
         findings.append(Finding(code="steps_missing", severity="warning", params=params))
     last = Path(checkpoints[-1].path)
     if not any(map(holds_tokenizer, (root, last))):
