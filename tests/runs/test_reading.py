@@ -167,7 +167,8 @@ def test_dates_and_binaries_of_yaml_are_no_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["!!timestamp x", "!!bool x", "!!int x", "!!python/name:os.system x", "1:99999999999"]
+    "value",
+    ["!!timestamp x", "!!bool x", "!!int x", "!!int ''", "!!float ''", "!!python/name:os.system x", "1:99999999999"],
 )
 def test_a_value_that_its_tag_does_not_fit_is_left_out(value: str) -> None:
     """And the others are read."""

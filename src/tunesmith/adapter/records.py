@@ -261,7 +261,7 @@ class AdapterFacts(Record):
     findings: tuple[Finding, ...] = ()
 
     def by_kind(self) -> dict[str, tuple[ModuleFacts, ...]]:
-        """The modules by the last part of their names, in reading order; each kind's from the first layer to the last."""
+        """The modules by the last part of their names, in reading order; each kind from the first layer on."""
         kinds: dict[str, list[ModuleFacts]] = {}
         for module in sorted(self.modules, key=lambda one: [int(part) for part in _NUMBERS.findall(one.module)]):
             kinds.setdefault(module.module.rpartition(".")[2], []).append(module)

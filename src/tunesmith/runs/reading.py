@@ -213,7 +213,7 @@ def _scalar(loader: Any, node: Any) -> Value:
 
     try:
         return plain(loader.construct_object(node))
-    except (ValueError, OverflowError, AttributeError, KeyError, YAMLError):
+    except (ValueError, OverflowError, AttributeError, LookupError, TypeError, YAMLError):
         return None
 
 
