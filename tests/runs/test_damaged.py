@@ -121,7 +121,7 @@ def test_a_file_whose_size_or_shape_is_the_attack_takes_no_time(bomb: str, file:
     assert good(verdict), verdict
 
 
-@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("crowd", [crowd for crowd in CROWDS if "files" not in crowd])
 def test_a_crowd_takes_no_time(crowd: str, work: Path) -> None:
     """A listing ends somewhere, and no path is too long to be passed by."""
     case = sound("llamafactory-cli", work)
@@ -131,7 +131,7 @@ def test_a_crowd_takes_no_time(crowd: str, work: Path) -> None:
 
 
 PLACES = {
-    "trainer_state.json": [
+    "trl/checkpoint-8/trainer_state.json": [
         ("log_history",),
         ("log_history", 0),
         ("log_history", 0, "step"),
@@ -142,7 +142,7 @@ PLACES = {
         ("best_model_checkpoint",),
         ("train_batch_size",),
     ],
-    "adapter_config.json": [
+    "peft/adapter_config.json": [
         ("base_model_name_or_path",),
         ("r",),
         ("lora_alpha",),
@@ -151,23 +151,25 @@ PLACES = {
         ("modules_to_save",),
         ("auto_mapping",),
     ],
-    "all_results.json": [("train_loss",), ("epoch",)],
+    "trainer/all_results.json": [("eval_loss",), ("epoch",)],
 }
 
 
 @pytest.mark.parametrize(("file", "place"), [(file, place) for file, places in PLACES.items() for place in places])
 def test_a_value_of_any_type_in_any_place_is_no_crash(file: str, place: tuple[str | int, ...], work: Path) -> None:
     """Each of the hostile values in each of the places that are read, and inspected."""
-    case = sound("llamafactory-cli", work)
-    document = json.loads((case.root / file).read_bytes())
+    source, _, name = file.rpartition("/")
+    case = sound(source, work)
+    target = case.root / name
+    document = json.loads(target.read_bytes())
     node = document
     for key in place[:-1]:
         node = node[key]
     node[place[-1]] = "@@value@@"
     verdicts = {}
     for value in VALUES:
-        (case.root / file).write_text(json.dumps(document).replace('"@@value@@"', value), "utf-8", "surrogatepass")
-        verdicts[value[:60]] = judged(case, "inspect" if file == "adapter_config.json" else "run")
+        target.write_text(json.dumps(document).replace('"@@value@@"', value), "utf-8", "surrogatepass")
+        verdicts[value[:60]] = judged(case, "inspect" if name == "adapter_config.json" else "run")
     assert {value: verdict for value, verdict in verdicts.items() if not good(verdict)} == {}
 
 

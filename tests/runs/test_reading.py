@@ -60,10 +60,10 @@ def test_of_a_document_that_breaks_off_what_is_whole_is_read(
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[]", b'"x"', b"null", b"[" * 10**6, b'{"a":' * 10**5, b'{"a": 1' + b"0" * 10**6 + b"}", b"\x00"],
+    [b"", b"{", b"[]", b'"x"', b"null", b"[" * 10**5, b'{"a":' * 10**5, b'{"a": 1' + b"0" * 10**6 + b"}", b"\x00"],
 )
 def test_what_is_no_object_is_a_finding_at_once(documents: Documents, raw: bytes) -> None:
-    """A million brackets included."""
+    """A hundred thousand brackets included."""
     (documents.root / "a.json").write_bytes(raw)
     started = time.monotonic()
     assert documents.json("a.json") == {}
@@ -76,6 +76,14 @@ def test_a_file_far_too_long_is_not_read(documents: Documents) -> None:
     with (documents.root / "a.json").open("wb") as file:
         file.truncate(10**10)
     assert documents.json("a.json") == {}
+    assert codes(documents) == ["file_too_long"]
+
+
+@pytest.mark.parametrize("raw", [b'{"a": [' + b"{}," * 10**6 + b"{}]}", b'{"a": [' + b"1," * 2_500_000 + b"1]}"])
+def test_what_would_unfold_in_memory_is_not_read(documents: Documents, raw: bytes) -> None:
+    """Millions of empty objects, or of numbers, in a few megabytes."""
+    (documents.root / "a.json").write_bytes(raw)
+    assert documents.json("a.json", history=True) == {}
     assert codes(documents) == ["file_too_long"]
 
 

@@ -17,7 +17,9 @@ from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity, Value
 
 _JSON_BYTES = 4 * 2**20
-_HISTORY_BYTES = 16 * 2**20  # of a file that holds a log: 70,000 rows; as JSON unfolds, it may take ten times as much
+_HISTORY_BYTES = 16 * 2**20  # of a file that holds a log: 70,000 rows
+_MOST_CONTAINERS = 200_000  # an empty one takes two bytes in a file and dozens in memory
+_MOST_VALUES = 2_000_000
 _LOG_BYTES = 16 * 2**20  # of the beginning of a log, and of its end
 _LINE_BYTES = 2**20
 _MOST_LINES = 50_000  # of either part
@@ -67,6 +69,9 @@ class Documents:
         return self._parsed[name]
 
     def _object(self, name: str, raw: bytes) -> dict[str, Any]:
+        if raw.count(b"{") + raw.count(b"[") > _MOST_CONTAINERS or raw.count(b",") > _MOST_VALUES:
+            self._tell("file_too_long", name)
+            return {}
         try:
             document = _parsed(raw)
         except ValueError as error:
