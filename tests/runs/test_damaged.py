@@ -201,10 +201,20 @@ def test_what_a_link_out_of_the_run_leads_to_is_not_read(file: str, work: Path) 
     assert verdict.outcome == "a record", verdict
 
 
-@pytest.mark.parametrize("file", ["adapter_config.json", "trainer_state.json", "scheduler.pt", "checkpoint-8"])
-def test_a_link_that_no_system_can_follow_is_a_link(file: str, work: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("trl", "adapter_config.json"),
+        ("trl", "trainer_state.json"),
+        ("trl", "scheduler.pt"),
+        ("trl", "checkpoint-8"),
+        ("trl/checkpoint-8", "adapter_model.safetensors"),
+        ("mlx-lm", "adapters.safetensors"),
+    ],
+)
+def test_a_link_that_no_system_can_follow_is_a_link(source: str, file: str, work: Path) -> None:
     """Its target is longer than a path may be, which is another error than that of a target that is not there."""
-    case = sound("trl", work)
+    case = sound(source, work)
     place = case.root / file
     shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     place.symlink_to("x" * 4000)

@@ -31,6 +31,7 @@ from tunesmith.checkpoint import (
     Array,
     Float64,
     as_float64,
+    is_file,
     read_header,
     read_json_object,
     read_rows,
@@ -106,7 +107,7 @@ class Adapter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not (self.path / ADAPTER_CONFIG).is_file():
+        if not is_file(self.path / ADAPTER_CONFIG):
             raise AdapterError("This directory holds no adapter.", where=self.path, expected=ADAPTER_CONFIG)
         config = read_json_object(self.path / ADAPTER_CONFIG)
         self.format: Literal["peft", "mlx-lm"] = "mlx-lm" if is_mlx(self.path, ADAPTER_WEIGHTS) else "peft"
@@ -203,7 +204,7 @@ class Adapter:
 
     def _open_peft(self, config: dict[str, Any]) -> None:
         weights = self.path / ADAPTER_WEIGHTS
-        if not weights.is_file():
+        if not is_file(weights):
             raise self._no_weights()
         self.config = config
         self.header = self._stored = read_header(weights)
@@ -327,7 +328,7 @@ class Adapter:
 
     def _no_weights(self) -> AdapterError:
         pickle = self.path / "adapter_model.bin"
-        if pickle.exists():
+        if is_file(pickle):
             return AdapterError(
                 "The adapter's weights are a pickle, which can run code when it is read; Tunesmith never reads one.",
                 where=pickle,

@@ -17,7 +17,7 @@ from typing import Any
 
 from tunesmith.adapter.config import positive
 from tunesmith.adapter.keys import Key, KeyPart
-from tunesmith.checkpoint import Array, Header, TensorInfo
+from tunesmith.checkpoint import Array, Header, TensorInfo, is_file, is_there
 from tunesmith.record import Finding
 
 MLX_WEIGHTS = "adapters.safetensors"
@@ -60,7 +60,7 @@ class MlxScaling:
 
 def is_mlx(path: Path, weights: str) -> bool:
     """Whether a directory holds an adapter of mlx-lm and none of PEFT, whose weights have another name."""
-    return not (path / weights).exists() and (path / MLX_WEIGHTS).is_file()
+    return not is_there(path / weights) and is_file(path / MLX_WEIGHTS)
 
 
 def as_peft_config(config: Mapping[str, Any]) -> dict[str, Any]:

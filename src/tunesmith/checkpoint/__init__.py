@@ -13,7 +13,7 @@ from tunesmith.checkpoint.directory import (
     same_values,
 )
 from tunesmith.checkpoint.hashing import TrailingHashes, hash_files
-from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, open_regular, read_header
+from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, is_file, is_there, open_regular, read_header
 from tunesmith.checkpoint.hub import Sought, hub_snapshot
 from tunesmith.checkpoint.locate import cache_dir, full_precision_sibling, is_hub_id, locate_base, relatives_of
 from tunesmith.checkpoint.publish import (
@@ -66,7 +66,9 @@ __all__ = [
     "full_precision_sibling",
     "hash_files",
     "hub_snapshot",
+    "is_file",
     "is_hub_id",
+    "is_there",
     "listing_sha256",
     "locate_base",
     "open_regular",

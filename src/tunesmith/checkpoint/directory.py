@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.checkpoint.header import Header, TensorInfo, open_regular, quoted, read_header
+from tunesmith.checkpoint.header import Header, TensorInfo, is_there, open_regular, quoted, read_header
 from tunesmith.checkpoint.tensors import Array, Float64, as_float64, stored_array
 from tunesmith.errors import CheckpointError
 
@@ -67,14 +67,6 @@ def _check_depth(document: object) -> None:
     raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a path leads to something; what no file system can hold is not there."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
 class Checkpoint:
     """The weights and configuration of one model directory.
 
@@ -109,9 +101,9 @@ class Checkpoint:
         self.config = read_json_object(self.path / CONFIG_FILE)
         index = self.path / INDEX_FILE
         # A loader prefers the single file; where both are there, so do we.
-        if _is_there(self.path / SINGLE_FILE):
+        if is_there(self.path / SINGLE_FILE):
             self.shards = {SINGLE_FILE: read_header(self.path / SINGLE_FILE)}
-        elif _is_there(index):
+        elif is_there(index):
             self.shards = self._read_shards(index)
         else:
             raise self._no_weights()
@@ -178,7 +170,7 @@ class Checkpoint:
         return shards
 
     def _check_complete(self, filenames: list[str]) -> None:
-        missing = [name for name in filenames if not _is_there(self.path / name)]
+        missing = [name for name in filenames if not is_there(self.path / name)]
         if missing:
             raise CheckpointError(
                 f"The model is incomplete: {len(missing)} of the {len(filenames)} shards that its index names are not "

@@ -81,6 +81,22 @@ class Header:
     file_bytes: int
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path leads to a regular file; what no file system can hold, as a link may name, is not there."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file to read it, where it is a regular file or a symlink to one.
 

@@ -12,8 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from tunesmith.checkpoint import is_file, is_there
 from tunesmith.record import Finding, Severity
-from tunesmith.runs.reading import is_file, is_there, leads_out
+from tunesmith.runs.reading import leads_out
 from tunesmith.runs.records import NeededFor, RunFile
 
 MOST_ENTRIES = 20_000

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint import Sought, full_precision_sibling, hub_snapshot, is_hub_id
+from tunesmith.checkpoint import Sought, full_precision_sibling, hub_snapshot, is_file, is_hub_id
 from tunesmith.errors import RunError
 from tunesmith.progress import ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
@@ -18,7 +18,7 @@ from tunesmith.runs.files import list_files
 from tunesmith.runs.health import health
 from tunesmith.runs.logs import SWIFT_LOG, TRAINER_LOG, TRAINER_STATE, as_number, merge_logs, read_log
 from tunesmith.runs.pickles import scan_run
-from tunesmith.runs.reading import Documents, is_file
+from tunesmith.runs.reading import Documents
 from tunesmith.runs.records import LogRow, Run, RunCheckpoint
 from tunesmith.runs.settings import read_settings
 from tunesmith.runs.tokenizer import holds_tokenizer

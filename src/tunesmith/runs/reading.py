@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
-from tunesmith.checkpoint import open_regular
+from tunesmith.checkpoint import is_file, open_regular
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity, Value
 
@@ -155,22 +155,6 @@ class Documents:
             self._told.add(name)
             severity: Severity = "info" if code in ("log_lines_damaged", "log_too_long") else "warning"
             self.findings.append(Finding(code=code, severity=severity, params={"file": name, **params}))
-
-
-def is_file(path: Path) -> bool:
-    """Whether a regular file is there; a link to a name too long to be one leads nowhere."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def is_there(path: Path) -> bool:
-    """Whether anything is there, at the end of a link too."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 def leads_out(root: Path, path: Path) -> bool:

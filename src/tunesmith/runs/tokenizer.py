@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.runs.reading import is_file
+from tunesmith.checkpoint import is_file
 from tunesmith.runs.records import Run, RunCheckpoint
 
 TOKENIZER_FILES = (
