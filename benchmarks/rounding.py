@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from tunesmith import api
+from tunesmith.api.merging import recorded_inputs
 from tunesmith.checkpoint import Float64
 from tunesmith.conversations import Conversation, encode_prompt, read_conversations
 from tunesmith.demo import story
@@ -164,7 +164,7 @@ def rows_of(lab: Lab, out: Path, seeds: int) -> Iterator[Row]:
         inputs = []
         for seed in range(seeds):
             text = plan_merge(lab.run, out.with_name(f"text-{seed}"), rounding="calibrated", seed=seed)
-            inputs.append(folders.enter_context(api.recorded_inputs(text)))
+            inputs.append(folders.enter_context(recorded_inputs(text)))
         for name in ("calibrated", "calibrated-free"):
             drawn = [
                 lambda place=place, name=name: merge_weights(plan(rounding=name), inputs=place) for place in inputs

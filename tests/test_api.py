@@ -11,7 +11,7 @@ import pytest
 
 import tunesmith as ts
 from tests.tiny_models import TinyRun, edit_json
-from tunesmith import api
+from tunesmith.api.places import base_of, held_out_rows
 from tunesmith.compare import Comparison, VariantInfo
 from tunesmith.errors import BaseModelError, DataError, OutputError
 
@@ -34,8 +34,8 @@ def comparison() -> Comparison:
 def test_base_is_the_one_that_the_adapter_names(tiny: TinyRun) -> None:
     """Unless another one is asked for."""
     run = ts.open_run(tiny.adapters["final"])
-    assert api.base_of(run, run.checkpoints[-1], None) == (str(tiny.base), tiny.base)
-    assert api.base_of(run, run.checkpoints[-1], str(tiny.merged))[1] == tiny.merged
+    assert base_of(run, run.checkpoints[-1], None) == (str(tiny.base), tiny.base)
+    assert base_of(run, run.checkpoints[-1], str(tiny.merged))[1] == tiny.merged
 
 
 def test_relative_base_is_also_looked_for_beside_the_run(tiny: TinyRun, tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_output_file_is_checked_before_any_work(tmp_path: Path) -> None:
 
 def test_held_out_rows_are_the_runs_own(tiny: TinyRun, tmp_path: Path) -> None:
     """Comparison and verification use them unless given others; a run that keeps none has none."""
-    assert api.held_out_rows(ts.open_run(tiny.adapters["final"])) == []
+    assert held_out_rows(ts.open_run(tiny.adapters["final"])) == []
     for file in tiny.adapters["final"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "held_out.jsonl").write_text(json.dumps({"instruction": "Q", "output": "A"}) + "\n")
-    assert [row.answer for row in api.held_out_rows(ts.open_run(tmp_path))] == ["A"]
+    assert [row.answer for row in held_out_rows(ts.open_run(tmp_path))] == ["A"]

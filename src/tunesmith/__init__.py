@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.adapter import AdapterFacts as AdapterFacts
-    from tunesmith.api import ChatTurn as ChatTurn
-    from tunesmith.api import Inspection as Inspection
-    from tunesmith.api import Report as Report
-    from tunesmith.api import checkpoints as checkpoints
-    from tunesmith.api import compare as compare
-    from tunesmith.api import compute_dtype as compute_dtype
-    from tunesmith.api import inspect as inspect
-    from tunesmith.api import load_variants as load_variants
-    from tunesmith.api import merge as merge
-    from tunesmith.api import output_file as output_file
-    from tunesmith.api import recheck as recheck
-    from tunesmith.api import report as report
-    from tunesmith.api import train as train
-    from tunesmith.api import verdict_sentence as verdict_sentence
-    from tunesmith.api import verify as verify
-    from tunesmith.api import write_comparison as write_comparison
-    from tunesmith.api import write_inspection as write_inspection
+    from tunesmith.api.comparing import ChatTurn as ChatTurn
+    from tunesmith.api.comparing import checkpoints as checkpoints
+    from tunesmith.api.comparing import compare as compare
+    from tunesmith.api.comparing import compute_dtype as compute_dtype
+    from tunesmith.api.comparing import load_variants as load_variants
+    from tunesmith.api.comparing import write_comparison as write_comparison
+    from tunesmith.api.inspecting import Inspection as Inspection
+    from tunesmith.api.inspecting import inspect as inspect
+    from tunesmith.api.inspecting import write_inspection as write_inspection
+    from tunesmith.api.merging import merge as merge
+    from tunesmith.api.places import output_file as output_file
+    from tunesmith.api.reporting import Report as Report
+    from tunesmith.api.reporting import report as report
+    from tunesmith.api.training import train as train
+    from tunesmith.api.verifying import recheck as recheck
+    from tunesmith.api.verifying import verdict_sentence as verdict_sentence
+    from tunesmith.api.verifying import verify as verify
     from tunesmith.compare import Candidate as Candidate
     from tunesmith.compare import CheckpointChoice as CheckpointChoice
     from tunesmith.compare import Comparison as Comparison
@@ -81,7 +81,7 @@ _HOME = {
     "Cancellation": "progress",
     "Cancelled": "errors",
     "Candidate": "compare",
-    "ChatTurn": "api",
+    "ChatTurn": "api.comparing",
     "CheckpointChoice": "compare",
     "Cleaned": "runs",
     "Cleanup": "runs",
@@ -93,45 +93,45 @@ _HOME = {
     "Generation": "models",
     "GenerationSettings": "models",
     "Health": "doctor",
-    "Inspection": "api",
+    "Inspection": "api.inspecting",
     "MergePlan": "merge",
     "Merged": "merge",
     "Message": "conversations",
     "Progress": "progress",
     "Recheck": "verify",
     "Reply": "compare",
-    "Report": "api",
+    "Report": "api.reporting",
     "Run": "runs",
     "RunFile": "runs",
     "TunesmithError": "errors",
     "VariantSet": "models",
     "Verdict": "verify",
-    "checkpoints": "api",
+    "checkpoints": "api.comparing",
     "apply_cleanup": "runs",
-    "compare": "api",
-    "compute_dtype": "api",
+    "compare": "api.comparing",
+    "compute_dtype": "api.comparing",
     "demo": "demo",
     "doctor": "doctor",
     "finding_text": "report",
     "generate": "models",
-    "inspect": "api",
-    "load_variants": "api",
-    "merge": "api",
+    "inspect": "api.inspecting",
+    "load_variants": "api.comparing",
+    "merge": "api.merging",
     "open_run": "runs",
-    "output_file": "api",
+    "output_file": "api.places",
     "plan_cleanup": "runs",
     "plan_merge": "merge",
     "read_conversations": "conversations",
-    "recheck": "api",
-    "report": "api",
+    "recheck": "api.verifying",
+    "report": "api.reporting",
     "text": "report",
     "to_markdown": "compare",
-    "train": "api",
-    "verdict_sentence": "api",
-    "verify": "api",
+    "train": "api.training",
+    "verdict_sentence": "api.verifying",
+    "verify": "api.verifying",
     "word_diff": "compare",
-    "write_comparison": "api",
-    "write_inspection": "api",
+    "write_comparison": "api.comparing",
+    "write_inspection": "api.inspecting",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 # What the commands import when they run; and nothing that computes, for a fork must not lose threads.
 LIBRARIES = (
-    "peft", "rich.progress", "safetensors.torch", "tokenizers", "transformers", "tunesmith.cli.app", "tunesmith.api",
+    "peft", "rich.progress", "safetensors.torch", "tokenizers", "transformers", "tunesmith.cli.app",
+    "tunesmith.api.merging", "tunesmith.api.reporting", "tunesmith.report.html",
     "tunesmith.compare", "tunesmith.doctor", "tunesmith.merge", "tunesmith.models", "tunesmith.report",
     "tunesmith.runs", "tunesmith.train", "tunesmith.verify",
 )  # fmt: skip

@@ -16,7 +16,7 @@ import tunesmith as ts
 from tests.merge.conftest import Bench
 from tests.tiny_models import build_adapter
 from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows, Stack, beside
-from tunesmith.api import recorded_inputs
+from tunesmith.api.merging import recorded_inputs
 from tunesmith.checkpoint import Checkpoint, Float64
 from tunesmith.errors import CheckpointError, OutputError
 from tunesmith.merge import Merged, forecast, plan_merge

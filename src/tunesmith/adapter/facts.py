@@ -25,8 +25,9 @@ GLANCE_BYTES = 224 << 20
 """What may be read where an answer is wanted at once: about 0.2 s (``benchmarks/inspect_cost.py``)."""
 
 _THREADS = min(4, os.cpu_count() or 1)
+_WORTH_A_THREAD = 1 << 20
 _SAMPLE_ELEMENTS = 1 << 15
-_SAMPLE_BLOCKS = 8
+_SAMPLE_BLOCKS = 4
 _SAMPLE_COST = 1 << 19
 _PAIR_COST = 1 << 17
 _CUBE_COST = 2
@@ -92,8 +93,11 @@ def delta_norm(adapter: Adapter, adapted: Adapted) -> float:
 def _modules(adapter: Adapter, chosen: Sequence[int], places: Places | None) -> list[ModuleFacts]:
     """All modules, and the figures of those that are chosen."""
     modules = [_unread(adapted) for adapted in adapter.adapted]
+    # Small products are over before another thread has the interpreter.
+    size = sum(_size(adapter, adapter.adapted[index]) for index in chosen) / max(1, len(chosen))
+    threads = _THREADS if size >= _WORTH_A_THREAD else 1
     # Threads of BLAS take turns at matrices as small as r×r, and wait long for each other on a busy machine.
-    with threadpool_limits(1), ThreadPoolExecutor(_THREADS) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
         read = pool.map(lambda index: _measured(adapter, adapter.adapted[index], places), chosen)
         for index, module in zip(chosen, read, strict=True):
             modules[index] = module
@@ -147,8 +151,9 @@ def _sampled_norm(base: Checkpoint, name: str) -> float | None:
         return None
     rows, columns = info.shape
     block = max(1, _SAMPLE_ELEMENTS // _SAMPLE_BLOCKS // max(1, columns))
-    starts = np.unique(np.linspace(0, max(0, rows - block), _SAMPLE_BLOCKS).astype(int))
-    squares = [np.square(base.read_float64(name, int(start), int(start) + block)) for start in starts]
+    last = max(0, rows - block)
+    starts = sorted({last * part // (_SAMPLE_BLOCKS - 1) for part in range(_SAMPLE_BLOCKS)})
+    squares = [np.square(base.read_float64(name, start, start + block)) for start in starts]
     seen = sum(part.size for part in squares)
     norm = math.sqrt(sum(float(part.sum()) for part in squares) / seen * rows * columns) if seen else 0.0
     return norm if math.isfinite(norm) else None
@@ -193,9 +198,13 @@ def _spread(places: Sequence[int]) -> list[int]:
 
 def _cost(adapter: Adapter, adapted: Adapted, *, sampled: bool) -> int:
     """What it takes to measure one pair, in bytes of factors of a low rank."""
-    size = sum(adapter.header.tensors[name].size_bytes for name in (adapted.lora_A, adapted.lora_B))
+    size = _size(adapter, adapted)
     products = size * adapted.r // _PRODUCTS_PER_BYTE  # the Gram matrices
     return _PAIR_COST + size + products + _CUBE_COST * adapted.r**3 + (_SAMPLE_COST if sampled else 0)
+
+
+def _size(adapter: Adapter, adapted: Adapted) -> int:
+    return sum(adapter.header.tensors[name].size_bytes for name in (adapted.lora_A, adapted.lora_B))
 
 
 def _by_kind(adapter: Adapter) -> dict[str, list[int]]:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-from tunesmith import api
 from tunesmith.allocator import give_memory_back
+from tunesmith.api import comparing, inspecting, merging, reporting, training, verifying
 from tunesmith.compare import Comparison
 from tunesmith.errors import OutputError
 from tunesmith.merge import Merged, plan_merge
@@ -105,15 +105,15 @@ def demo(
     root = _prepare(Path(out), force=force)
     story = _Story(root, on_step)
     with story.step("train", "@recipe.yaml output_dir=@run"):
-        run = api.train(
+        run = training.train(
             root / "recipe.yaml", [f"output_dir={root / 'run'}"], progress=progress, cancellation=cancellation
         )
     with story.step("inspect", "@run"):
-        api.inspect(run)
+        inspecting.inspect(run)
     with story.step(
         "compare", f"@run --max-prompts {PROMPTS} --max-new-tokens {MAX_NEW_TOKENS} --out @comparison.json"
     ):
-        comparison = api.compare(
+        comparison = comparing.compare(
             run,
             max_prompts=PROMPTS,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -122,14 +122,14 @@ def demo(
         )
         comparison.write(root / "comparison.json")
     with story.step("merge", "@run --out @merged"):
-        merged: Merged = api.merge(
+        merged: Merged = merging.merge(
             plan_merge(run, root / "merged"), sha256=True, progress=progress, cancellation=cancellation
         )
     with story.step("verify", "@run @merged --out @verdict.json"):
-        verdict = api.verify(run, merged, progress=progress, cancellation=cancellation)
+        verdict = verifying.verify(run, merged, progress=progress, cancellation=cancellation)
         verdict.write(root / "verdict.json")
     with story.step("report", "@run @merged --comparison @comparison.json --verdict @verdict.json --out @report.html"):
-        report = api.report(run, root / "report.html", merged=merged, comparison=comparison, verdict=verdict)
+        report = reporting.report(run, root / "report.html", merged=merged, comparison=comparison, verdict=verdict)
     return DemoResult(
         path=str(root),
         report=report.path,

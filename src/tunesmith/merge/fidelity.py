@@ -133,8 +133,9 @@ def _sampled(base: Checkpoint, binding: Binding) -> Iterator[tuple[str, list[Low
     plain = [one for one in plain if base.info(one[0]).dtype == base.info(plain[0][0]).dtype]
     plain = [one for one in plain if base.info(one[0]).shape[1] <= _FORECAST_COLUMNS] or plain
     columns = 0
-    for place in np.unique(np.linspace(0, len(plain) - 1, _FORECAST_TENSORS).astype(int)) if plain else ():
-        name, updates = plain[int(place)]
+    places = {(len(plain) - 1) * part // (_FORECAST_TENSORS - 1) for part in range(_FORECAST_TENSORS)} if plain else ()
+    for place in sorted(places):
+        name, updates = plain[place]
         columns += base.info(name).shape[1]
         if columns > _FORECAST_COLUMNS and columns > base.info(name).shape[1]:
             return
