@@ -461,7 +461,7 @@ def test_an_adapter_of_the_hub_is_opened_from_the_cache(hub: Path, name: str) ->
     """Its files are links to blobs, which is no finding."""
     snapshot = cached_adapter(hub)
     run = open_run(name)
-    assert (run.path, run.kind, run.findings) == (str(snapshot), "adapter", ())
+    assert (run.path, run.name, run.kind, run.findings) == (str(snapshot), "org/lora", "adapter", ())
     assert {file.kind for file in run.files} == {"adapter_config", "adapter_weights", "tokenizer"}
     assert all(file.size_bytes > 0 for file in run.files)
 

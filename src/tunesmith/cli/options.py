@@ -10,7 +10,8 @@ import typer
 RunArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="RUN", help="A run directory, one of its checkpoint-N directories, or an adapter directory."
+        metavar="RUN",
+        help="A run directory, one of its checkpoint-N directories, an adapter directory, or a hub id (org/name).",
     ),
 ]
 BaseOption = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -95,7 +96,7 @@ def _read(root: Path) -> Run:
     folders = _checkpoint_folders(root)
     state_file = _state_file(documents, folders)
     state = documents.json(state_file, history=True)
-    log, findings = _log(documents, state, state_file)
+    log, log_findings = _log(documents, state, state_file)
     checkpoints = _checkpoints(root, folders, state, log)
     if not checkpoints:
         raise _no_adapter(root)
@@ -107,7 +108,7 @@ def _read(root: Path) -> Run:
     metrics = _metrics(documents)
     findings = [
         *documents.findings,
-        *findings,
+        *log_findings,
         *health(log, {one.name: one.value for one in settings}, _steps(state.get("max_steps"))),
         *_completeness(root, checkpoints, state, base),
         *_crash(documents),
@@ -183,7 +184,7 @@ def _run_within(root: Path) -> Path | None:
         where=root,
         expected="one of them",
         details=[*names[:_LISTED], *([f"… and {more} more"] if more > 0 else [])],
-        next_step=f"tunesmith inspect {root / names[-1]}",
+        next_step=shlex.join(["tunesmith", "inspect", str(root / names[-1])]),
     )
 
 

@@ -149,8 +149,9 @@ class Run(Record):
 
     @property
     def name(self) -> str:
-        """The directory's own name."""
-        return Path(self.path).name
+        """The directory's own name; in the hub's cache, where that is a commit, the repository's."""
+        path = Path(self.path)
+        return "/".join(path.parents[1].name.split("--")[1:]) if path.parent.name == "snapshots" else path.name
 
     @property
     def hyperparameters(self) -> dict[str, Value]:
