@@ -14,6 +14,7 @@ import pytest
 
 from tunesmith.compare import CheckpointChoice
 from tunesmith.conversations import Conversation, Message
+from tunesmith.merge import Forecast, Kept
 from tunesmith.record import Finding
 from tunesmith.report import render_report, text, write_report
 from tunesmith.report.escaping import prose, visible
@@ -375,3 +376,16 @@ def test_importing_the_room_loads_neither_jinja_nor_the_chart_engine() -> None:
     program = "import sys, tunesmith.report; print([n for n in ('jinja2', 'vl_convert', 'torch') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("rounding", "shown"), [("faithful", ("99.9%", "61.0%")), ("nearest", ("61.0%",))])
+def test_what_a_merge_would_keep_is_among_the_adapters_facts(
+    parts: Parts, rounding: str, shown: tuple[str, ...]
+) -> None:
+    """With the way of rounding that keeps more, where there is one."""
+    kept, nearest = (Kept(share_unchanged=0.5, relative_error=0.1, gain=gain) for gain in (0.999, 0.61))
+    foretold = Forecast(dtype="BF16", rounding=rounding, tensors=4, elements=9, kept=kept, nearest=nearest)
+    document = render_report(run=parts["run"], adapter=parts["adapter"], forecast=foretold)
+    about = document.split(text("fact.forecast"))[1][:900]
+    assert all(figure in about for figure in shown)
+    assert ("99.9%" in about) is (rounding == "faithful")

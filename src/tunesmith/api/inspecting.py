@@ -113,7 +113,13 @@ def write_inspection(inspection: Inspection, out: StrPath) -> Path:
 
     target = output_file(out, suffixes=(".html",))
     with writing(target):
-        write_report(target, run=inspection.run, adapter=inspection.adapter, health=inspection.health)
+        write_report(
+            target,
+            run=inspection.run,
+            adapter=inspection.adapter,
+            forecast=inspection.forecast,
+            health=inspection.health,
+        )
     return target
 
 

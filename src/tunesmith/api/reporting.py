@@ -113,6 +113,7 @@ def report(
             target,
             run=run,
             adapter=result.adapter,
+            forecast=inspection.forecast,
             health=inspection.health,
             choice=choice,
             comparison=comparison,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunesmith.adapter.records import AdapterFacts
 from tunesmith.compare import CheckpointChoice, Comparison
-from tunesmith.merge import Merged
+from tunesmith.merge import Forecast, Merged
 from tunesmith.record import Finding
 from tunesmith.report import charts, units, view
 from tunesmith.report.escaping import prose, visible
@@ -36,6 +36,7 @@ class Parts(TypedDict):
     Attributes:
         run: the run.
         adapter: what its adapter is.
+        forecast: what rounding would keep of the update in a merge.
         health: what looks unhealthy, the gravest first; None for the run's own findings.
         choice: which checkpoint to take.
         comparison: replies and scores of base and fine-tune.
@@ -45,6 +46,7 @@ class Parts(TypedDict):
 
     run: Run
     adapter: AdapterFacts | None
+    forecast: NotRequired[Forecast | None]
     health: NotRequired[Sequence[Finding] | None]
     choice: NotRequired[CheckpointChoice | None]
     comparison: NotRequired[Comparison | None]
@@ -56,6 +58,7 @@ def render_report(
     *,
     run: Run,
     adapter: AdapterFacts | None,
+    forecast: Forecast | None = None,
     health: Sequence[Finding] | None = None,
     choice: CheckpointChoice | None = None,
     comparison: Comparison | None = None,
@@ -84,7 +87,7 @@ def render_report(
         "choice_charts": _drawn(charts.choice_spec, choice),
         "effect": view.effect(comparison) if comparison else None,
         "exchanges": view.exchanges(comparison) if comparison else ([], []),
-        "fact_groups": view.fact_groups(run, adapter),
+        "fact_groups": view.fact_groups(run, adapter, forecast),
         "files": view.file_groups(run),
         "needs": view.file_needs(run),
         "merge": view.merge_view(merged) if merged else None,

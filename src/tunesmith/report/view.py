@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.adapter.records import AdapterFacts
 from tunesmith.compare import Comparison, Reply, Score, Segment, VariantInfo, word_diff
 from tunesmith.conversations import Conversation, Message
-from tunesmith.merge import Kept, Merged, TensorFidelity
+from tunesmith.merge import Forecast, Kept, Merged, TensorFidelity
 from tunesmith.record import Finding
 from tunesmith.report.texts import templates
 from tunesmith.report.units import figure, human_bytes, human_count, human_seconds, human_share
@@ -296,11 +296,11 @@ class FactGroup:
     facts: tuple[Fact, ...]
 
 
-def fact_groups(run: Run, adapter: AdapterFacts | None) -> list[FactGroup]:
+def fact_groups(run: Run, adapter: AdapterFacts | None, forecast: Forecast | None = None) -> list[FactGroup]:
     """What was trained, in groups; empty ones are left out."""
     groups = [
         FactGroup("run.model", _model_facts(run)),
-        FactGroup("run.adapter", _adapter_facts(adapter) if adapter else ()),
+        FactGroup("run.adapter", (*_adapter_facts(adapter), *_forecast_facts(forecast)) if adapter else ()),
         FactGroup("run.training", _training_facts(run)),
         FactGroup("run.versions", _version_facts(run)),
     ]
@@ -339,6 +339,15 @@ def _adapter_facts(adapter: AdapterFacts) -> tuple[Fact, ...]:
     if adapter.relative_update is not None:
         facts.append(Fact("fact.relative_update", human_share(adapter.relative_update)))
     return tuple(facts)
+
+
+def _forecast_facts(forecast: Forecast | None) -> tuple[Fact, ...]:
+    """What a merge would keep of the update, rounded to nearest and as it is rounded unless asked otherwise."""
+    if forecast is None:
+        return ()
+    about = {"dtype": forecast.dtype, "nearest": forecast.nearest.gain, "kept": forecast.kept.gain}
+    kind = "nearest" if forecast.rounding == "nearest" else "faithful"
+    return (Fact("fact.forecast", line(f"fact.forecast.{kind}", **about)),)
 
 
 def _training_facts(run: Run) -> tuple[Fact, ...]:
