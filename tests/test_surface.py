@@ -19,11 +19,12 @@ from tunesmith.cli.app import app
 NAMES = [
     "AdapterFacts", "Cancellation", "Cancelled", "Candidate", "ChatTurn", "CheckpointChoice", "Cleaned", "Cleanup",
     "Comparison", "Conversation", "DemoResult", "Finding", "Forecast", "Generation", "GenerationSettings", "Health",
-    "Inspection", "MergePlan", "Merged", "Message", "Progress", "Recheck", "Reply", "Report", "Run", "RunFile",
-    "TunesmithError", "VariantSet", "Verdict", "__version__", "apply_cleanup", "checkpoints", "compare",
-    "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect", "load_variants", "merge", "open_run",
-    "output_file", "plan_cleanup", "plan_merge", "read_conversations", "recheck", "report", "text", "to_markdown",
-    "train", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_inspection",
+    "Inspection", "KindFacts", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck", "Reply",
+    "Report", "Run", "RunFile", "TunesmithError", "VariantSet", "Verdict", "__version__", "apply_cleanup",
+    "checkpoints", "compare", "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect",
+    "load_variants", "merge", "open_run", "output_file", "plan_cleanup", "plan_merge", "read_conversations",
+    "recheck", "report", "text", "to_markdown", "train", "verdict_sentence", "verify", "word_diff",
+    "write_comparison", "write_inspection",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.adapter import AdapterFacts as AdapterFacts
+    from tunesmith.adapter import KindFacts as KindFacts
+    from tunesmith.adapter import ModuleFacts as ModuleFacts
     from tunesmith.api.comparing import ChatTurn as ChatTurn
     from tunesmith.api.comparing import checkpoints as checkpoints
     from tunesmith.api.comparing import compare as compare
@@ -94,9 +96,11 @@ _HOME = {
     "GenerationSettings": "models",
     "Health": "doctor",
     "Inspection": "api.inspecting",
+    "KindFacts": "adapter",
     "MergePlan": "merge",
     "Merged": "merge",
     "Message": "conversations",
+    "ModuleFacts": "adapter",
     "Progress": "progress",
     "Recheck": "verify",
     "Reply": "compare",

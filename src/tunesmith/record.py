@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -89,6 +89,9 @@ Severity = Literal["ok", "info", "warning", "error"]
 Value = str | int | float | bool | None
 
 
+_GRAVEST: tuple[Severity, ...] = ("error", "warning", "info", "ok")
+
+
 class Finding(Part):
     """One observation, as a code and parameters; the prose is looked up where a person reads it.
 
@@ -101,3 +104,8 @@ class Finding(Part):
     code: str
     severity: Severity
     params: Mapping[str, Value] = {}
+
+
+def gravest_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings by severity, those of one severity in their order."""
+    return tuple(sorted(findings, key=lambda finding: _GRAVEST.index(finding.severity)))

@@ -23,8 +23,9 @@ from huggingface_hub import constants
 from safetensors.numpy import save
 
 from tunesmith.checkpoint import Checkpoint, cache_dir, embedded, locate_base, relatives_of
-from tunesmith.errors import BaseModelError, Cancelled, TunesmithError
+from tunesmith.errors import BaseModelError, Cancelled, RunError, TunesmithError
 from tunesmith.progress import Progress
+from tunesmith.runs import open_run
 
 _PIECE = 2**20
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -271,6 +272,35 @@ def test_a_hub_model_is_fetched_once_with_what_a_merge_needs(hub: Hub, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("org/model", "org/model@main", f"org/model@{COMMIT}"):
         assert locate_base(name) == found
+
+
+def test_an_adapter_is_fetched_with_its_records_and_without_its_pickles(hub: Hub) -> None:
+    """What explains the run comes along; what only resuming reads, and a model beside it, do not."""
+    wanted = {
+        "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "org/base"}',
+        "adapter_model.safetensors": save({"w": np.zeros(2, np.float32)}),
+        "README.md": b"---\ntags:\n- axolotl\n---\n",
+        "tokenizer.json": b"{}",
+        "trainer_state.json": b'{"log_history": [{"step": 1, "loss": 2.5}]}',
+    }
+    hub.files = wanted | dict.fromkeys(("optimizer.pt", "model.safetensors", "checkpoint-1/README.md"), b"not needed")
+    told: list[Progress] = []
+    run = open_run("org/model", progress=told.append)
+    assert sorted(hub.asked) == sorted(wanted)
+    assert {step.stage for step in told} == {"fetch adapter"}
+    assert (run.name, run.writer, run.base_model) == ("org/model", "axolotl", "org/base")
+    assert [row.loss for row in run.log] == [2.5]
+    assert open_run("org/model@main").path == run.path
+
+
+def test_a_repository_without_an_adapter_says_what_it_has(hub: Hub) -> None:
+    """A model's, and an adapter's that is a pickle."""
+    with pytest.raises(RunError, match="no safetensors weights") as caught:
+        open_run("org/model")
+    assert caught.value.expected == "adapter_model.safetensors"
+    hub.files = {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}
+    with pytest.raises(RunError, match="pickles only"):
+        open_run("org/model")
 
 
 def test_a_long_file_is_told_of_while_it_arrives(hub: Hub) -> None:

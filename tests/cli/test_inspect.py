@@ -77,7 +77,7 @@ def test_thorough_hashes_the_base_and_holds_it_against_the_record(cli: Cli, own_
     """The right base is said to be right, and another one is an error."""
     digest = json.loads(cli("inspect", own_run, "--thorough", "--json").out)["base_sha256"]
     assert len(digest) == 64
-    for recorded, code in ((digest, "base_is_recorded"), ("ab" * 32, "base_is_another")):
+    for recorded, code in ((digest, "base_same"), ("ab" * 32, "base_changed")):
         (own_run / "tunesmith_run.json").write_text(json.dumps({"base_sha256": recorded}))
         record = ts.Inspection.model_validate_json(cli("inspect", own_run, "--thorough", "--json").out)
         assert code in [finding.code for finding in record.health]

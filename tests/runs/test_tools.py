@@ -91,6 +91,14 @@ def test_trl_is_known_by_what_it_logs(tmp_path: Path) -> None:
     assert (run.writer, run.writer_mark) == ("trl", "trainer_state.json")
 
 
+def test_trl_is_known_by_the_last_checkpoints_log_too(tmp_path: Path) -> None:
+    """``save_model`` leaves no state at the root."""
+    root = adapter(tmp_path / "run")
+    state(adapter(root / "checkpoint-30"), history(2.0, 1.0, mean_token_accuracy=0.5))
+    run = open_run(root)
+    assert (run.writer, run.writer_mark) == ("trl", "checkpoint-30/trainer_state.json")
+
+
 def test_ours_wins_over_what_it_imitates(tmp_path: Path) -> None:
     """Our runs hold LLaMA-Factory's files as well."""
     root = adapter(tmp_path / "run")

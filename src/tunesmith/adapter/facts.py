@@ -22,7 +22,7 @@ from tunesmith.checkpoint import FLOAT_DTYPES, Checkpoint
 from tunesmith.errors import AdapterError
 
 GLANCE_BYTES = 224 << 20
-"""What may be read where an answer is wanted at once: about 0.2 s (``benchmarks/inspect_cost.py``)."""
+"""What may be read where an answer is wanted at once; ``benchmarks/inspect_cost.py`` prints what that takes."""
 
 _THREADS = min(4, os.cpu_count() or 1)
 _WORTH_A_THREAD = 1 << 20

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -216,6 +218,49 @@ class ModuleFacts(Part):
         return self.delta_norm / self.base_norm if self.delta_norm is not None and self.base_norm else None
 
 
+class KindFacts(Part):
+    """The modules of one kind.
+
+    Attributes:
+        name: the last part of their names, such as ``q_proj``.
+        modules: from the first layer to the last.
+    """
+
+    name: str
+    modules: tuple[ModuleFacts, ...]
+
+    @property
+    def r(self) -> int:
+        """The largest rank among them."""
+        return max(module.r for module in self.modules)
+
+    @property
+    def relative(self) -> tuple[float, float, float] | None:
+        """The least, the median and the largest ‖Δ‖ / ‖W‖; None without the base."""
+        return _spread(module.relative_update for module in self.modules)
+
+    @property
+    def delta_norm(self) -> tuple[float, float, float] | None:
+        """The least, the median and the largest ‖Δ‖; None where none was measured."""
+        return _spread(module.delta_norm for module in self.modules)
+
+    @property
+    def effective_rank(self) -> float | None:
+        """The median; None where none was measured."""
+        spread = _spread(module.effective_rank for module in self.modules)
+        return spread[1] if spread else None
+
+    @property
+    def unmoved(self) -> int:
+        """How many never moved."""
+        return sum(module.moved is False for module in self.modules)
+
+
+def _spread(values: Iterable[float | None]) -> tuple[float, float, float] | None:
+    known = sorted(value for value in values if value is not None)
+    return (known[0], median(known), known[-1]) if known else None
+
+
 class AdapterFacts(Record):
     """What one adapter is.
 
@@ -260,13 +305,13 @@ class AdapterFacts(Record):
     refusal: str | None = None
     findings: tuple[Finding, ...] = ()
 
-    def by_kind(self) -> dict[str, tuple[ModuleFacts, ...]]:
-        """The modules by the last part of their names, in reading order; each kind from the first layer on."""
+    def by_kind(self) -> tuple[KindFacts, ...]:
+        """The modules by the last part of their names, in reading order."""
         kinds: dict[str, list[ModuleFacts]] = {}
         for module in sorted(self.modules, key=lambda one: [int(part) for part in _NUMBERS.findall(one.module)]):
             kinds.setdefault(module.module.rpartition(".")[2], []).append(module)
         known = [name for name in READING_ORDER if name in kinds]
-        return {name: tuple(kinds[name]) for name in dict.fromkeys([*known, *kinds])}
+        return tuple(KindFacts(name=name, modules=tuple(kinds[name])) for name in dict.fromkeys([*known, *kinds]))
 
 
 class AdapterDistance(Part):

@@ -6,14 +6,12 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter, AdapterFacts, Stack, describe, misfit
 from tunesmith.api.places import StrPath, output_file, writing
-from tunesmith.checkpoint import Checkpoint, hash_files, listing_sha256, locate_base, weights_files
+from tunesmith.checkpoint import Checkpoint, locate_base, weights_files, weights_sha256
 from tunesmith.errors import AdapterError, BaseModelError, CheckpointError
 from tunesmith.merge import Forecast, forecast
 from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, no_progress
-from tunesmith.record import Finding, Record, Value
+from tunesmith.record import Finding, Record, Value, gravest_first
 from tunesmith.runs import Run, as_run, checkpoint_of
-
-_GRAVEST = ("error", "warning", "info", "ok")
 
 
 class Inspection(Record):
@@ -42,7 +40,7 @@ class Inspection(Record):
     def health(self) -> tuple[Finding, ...]:
         """All findings: of the run, of the adapter, and of what they have to do with the base; the gravest first."""
         own = self.adapter.findings if self.adapter else ()
-        return tuple(sorted((*self.run.findings, *own, *self.findings), key=lambda one: _GRAVEST.index(one.severity)))
+        return gravest_first((*self.run.findings, *own, *self.findings))
 
 
 def inspect(
@@ -85,9 +83,8 @@ def inspect(
         digest = _hashed(model, progress)
         if run.base_sha256:
             same = digest == run.base_sha256
-            code = "base_is_recorded" if same else "base_is_another"
-            params = {"recorded": run.base_sha256[:12], "found": digest[:12]}
-            findings.append(Finding(code=code, severity="ok" if same else "error", params=params))
+            code, severity = ("base_same", "ok") if same else ("base_changed", "error")
+            findings.append(Finding.model_validate({"code": code, "severity": severity}))
     return Inspection(
         run=run,
         adapter=facts,
@@ -135,10 +132,9 @@ def _base_at_hand(run: Run, base: str | None) -> Checkpoint | None:
 
 
 def _hashed(base: Checkpoint, progress: ProgressCallback) -> str:
-    files = {file.name: file for file in weights_files(base.path)}
-    total = sum(file.stat().st_size for file in files.values())
+    total = sum(file.stat().st_size for file in weights_files(base.path))
     hashed = SharedProgress("hash base model", total, "bytes", progress=progress, cancellation=Cancellation())
-    return listing_sha256(hash_files(files, tick=hashed.advance))
+    return weights_sha256(base.path, tick=hashed.advance)
 
 
 def _forecast(adapter: str, base: Checkpoint) -> Forecast | None:

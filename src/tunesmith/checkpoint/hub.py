@@ -40,7 +40,7 @@ class Sought:
         entry: the file without which it is nothing; that it is in the cache says where the rest is.
         weights: the further files that it needs; None for a model's, as its index names them.
         small: patterns of the files that are taken along.
-        elsewhere: how a directory is named instead.
+        elsewhere: how something else is named instead, such as ``pass --base with``.
         error: what is raised where it cannot be had.
     """
 
@@ -57,7 +57,7 @@ _BASE_MODEL = Sought(
     entry=CONFIG_FILE,
     weights=None,
     small=_SMALL_FILES,
-    elsewhere="pass --base with its directory",
+    elsewhere="pass --base with",
     error=BaseModelError,
 )
 
@@ -128,7 +128,7 @@ def hub_snapshot(name: str, sought: Sought, *, fetch: bool, progress: ProgressCa
         f"The {sought.noun} is neither a directory here nor in the hub's cache.",
         where=name,
         found=f"nothing was fetched: {reason}",
-        next_step=f"{way}, or {sought.elsewhere}",
+        next_step=f"{way}, or {sought.elsewhere} its directory",
     )
 
 
@@ -351,8 +351,7 @@ def _meaning(error: Exception, wanted: _Wanted) -> tuple[str, str]:
             "check the spelling; for a private model: hf auth login",
         )
     if isinstance(error, errors.HFValidationError):
-        instead = wanted.sought.elsewhere.replace("its directory", "org/name, or with the model's directory")
-        return "The hub cannot have a model of this name.", instead
+        return "The hub cannot have a model of this name.", f"{wanted.sought.elsewhere} org/name or a directory"
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk became full while the {wanted.sought.noun} was fetched.", _OTHER_DISK
@@ -360,5 +359,5 @@ def _meaning(error: Exception, wanted: _Wanted) -> tuple[str, str]:
         return "The hub's cache cannot be written.", "set HF_HUB_CACHE to a folder that is yours"
     return (
         f"The {wanted.sought.noun} is neither a directory here nor in the hub's cache, and could not be fetched.",
-        f"check the connection, then: {wanted.command}; or {wanted.sought.elsewhere}",
+        f"check the connection, then: {wanted.command}; or {wanted.sought.elsewhere} its directory",
     )

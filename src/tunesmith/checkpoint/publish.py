@@ -7,10 +7,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tunesmith.checkpoint.hashing import hash_files
 from tunesmith.errors import OutputError
 
 try:
@@ -339,9 +340,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
 
 
-def weights_sha256(directory: Path) -> str:
-    """One hash for all safetensors files of a directory: the SHA-256 of ``sha256sum``'s own listing of them."""
-    return listing_sha256({file.name: sha256_of(file) for file in weights_files(directory)})
+def weights_sha256(directory: Path, *, tick: Callable[[int], None] = lambda _: None) -> str:
+    """One hash for all safetensors files of a directory: the SHA-256 of ``sha256sum``'s own listing of them.
+
+    Args:
+        directory: the directory.
+        tick: told of every few bytes that were hashed.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return listing_sha256(hash_files({file.name: file for file in weights_files(directory)}, tick=tick))
 
 
 def weights_files(directory: Path) -> list[Path]:

@@ -31,7 +31,7 @@ _OUTSIDE = {
 }
 # As the shell reports it of any program whose reader has ended; 0 would make ``verify ... | head -1`` a good answer.
 _READER_GONE = 141
-# What is imported stays: looking through it for rubbish again and again takes a tenth of a short command's time.
+# What is imported stays: looking through it for rubbish again and again makes a short command longer.
 _NEW_OBJECTS = 100_000
 
 

@@ -155,12 +155,10 @@ def _loss(candidate: ts.Candidate) -> float | None:
 
 
 def _reason(screen: Screen, choice: ts.CheckpointChoice) -> None:
-    """The recommendation, and what else is to be known, the gravest first."""
+    """The recommendation, and what else is to be known."""
     screen.say(ts.finding_text(choice.reason), style=f"bold {_STYLES[choice.reason.severity]}")
-    for severity in ("error", "warning", "info", "ok"):
-        for finding in choice.findings:
-            if finding.severity == severity:
-                screen.say(ts.finding_text(finding), style=_STYLES[severity] if severity != "ok" else "")
+    for finding in choice.findings:
+        screen.say(ts.finding_text(finding), style="" if finding.severity == "ok" else _STYLES[finding.severity])
     screen.say()
 
 

@@ -56,7 +56,8 @@ def inspect(
 ) -> None:
     """Show what a fine-tune left behind: files, adapter, training, checkpoints, health.
 
-    Nothing is changed, and no pickle is opened.  With --cleanup it says which files serve nothing but resuming.
+    Nothing is unpickled, and nothing is changed without --apply.  With --cleanup it says which files serve nothing but
+    resuming.
 
     Example: tunesmith inspect out/security
     """
@@ -100,7 +101,7 @@ def _facts(screen: Screen, inspection: ts.Inspection) -> None:
         rows.append(("training", ", ".join(shown)))
     speeds = [row.tokens_per_s for row in run.log if row.tokens_per_s]
     if speeds:
-        rows.append(("speed", f"{sum(speeds) / len(speeds):,.0f} tokens/s"))
+        rows.append(("speed", f"{speeds[-1]:,.0f} tokens/s"))  # the mean since the start, as LLaMA-Factory logs it
     _print_pairs(screen, rows)
 
 
@@ -164,21 +165,17 @@ def _modules(screen: Screen, adapter: ts.AdapterFacts) -> None:
     from tunesmith.cli.screen import clean
 
     kinds = adapter.by_kind()
-    relative = any(module.relative_update is not None for module in adapter.modules)
-    table = _table(
-        "kind", "modules", "|update| / |W|" if relative else "|update|", "by layer, first to last", "effective rank"
-    )
-    for name, modules in kinds.items():
-        sizes = [module.relative_update if relative else module.delta_norm for module in modules]
-        ranks = sorted(module.effective_rank for module in modules if module.effective_rank is not None)
-        known = sorted(size for size in sizes if size is not None)
-        median = known[len(known) // 2] if known else None
+    relative = any(kind.relative for kind in kinds)
+    size = ">|update| / |W|" if relative else ">|update|"
+    table = _table("kind", ">modules", size, "by layer, first to last", ">effective rank")
+    for kind in kinds:
+        spread = kind.relative if relative else kind.delta_norm
         table.add_row(
-            clean(name),
-            str(len(modules)),
-            "-" if median is None else f"{median:.2%}" if relative else f"{median:.3g}",
-            _strip(sizes, adapter, relative=relative),
-            f"{ranks[len(ranks) // 2]:.1f} of {max(module.r for module in modules)}" if ranks else "-",
+            clean(kind.name),
+            str(len(kind.modules)),
+            "-" if spread is None else f"{spread[1]:.2%}" if relative else f"{spread[1]:.3g}",
+            _strip(kind, adapter, relative=relative),
+            "-" if kind.effective_rank is None else f"{kind.effective_rank:.1f} of {kind.r}",
         )
     if kinds:
         screen.say(f"\nAdapter: {len(adapter.modules)} modules", style="bold")
@@ -187,12 +184,16 @@ def _modules(screen: Screen, adapter: ts.AdapterFacts) -> None:
             screen.say(f"  {adapter.measured} modules measured; --thorough measures all of them.", style="dim")
 
 
-def _strip(sizes: Sequence[float | None], adapter: ts.AdapterFacts, *, relative: bool, width: int = 40) -> str:
+def _strip(kind: ts.KindFacts, adapter: ts.AdapterFacts, *, relative: bool, width: int = 40) -> str:
     """One bar a module, on one scale for the whole adapter; a dot where it was not measured."""
-    everywhere = [module.relative_update if relative else module.delta_norm for module in adapter.modules]
-    highest = max((size for size in everywhere if size is not None), default=0.0) or 1.0
-    step = max(1, math.ceil(len(sizes) / width))
-    groups = [[size for size in sizes[i : i + step] if size is not None] for i in range(0, len(sizes), step)]
+
+    def sizes(modules: Sequence[ts.ModuleFacts]) -> list[float | None]:
+        return [module.relative_update if relative else module.delta_norm for module in modules]
+
+    highest = max((size for size in sizes(adapter.modules) if size is not None), default=0.0) or 1.0
+    step = max(1, math.ceil(len(kind.modules) / width))
+    parts = [kind.modules[start : start + step] for start in range(0, len(kind.modules), step)]
+    groups = [[size for size in sizes(part) if size is not None] for part in parts]
     return "".join(
         _BARS[min(len(_BARS) - 1, int(max(group) / highest * len(_BARS)))] if group else "·" for group in groups
     )
@@ -200,7 +201,7 @@ def _strip(sizes: Sequence[float | None], adapter: ts.AdapterFacts, *, relative:
 
 def _checkpoints(screen: Screen, run: ts.Run) -> None:
     screen.say("\nCheckpoints", style="bold")
-    table = _table("name", "step", "training loss", "held-out loss", "")
+    table = _table("name", ">step", ">training loss", ">held-out loss", "")
     points = list(run.checkpoints)
     shown = points
     if len(points) > _SHOWN_CHECKPOINTS:
@@ -290,19 +291,10 @@ def _print_pairs(screen: Screen, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A table without lines, moved to the right; with column heads where there are any."""
+    """A table without lines, moved to the right; with column heads where there are any, ``>`` for figures."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2), show_header=bool(columns), header_style="dim", pad_edge=True)
     for column in columns:
-        numeric = column in (
-            "step",
-            "training loss",
-            "held-out loss",
-            "modules",
-            "|update| / |W|",
-            "|update|",
-            "effective rank",
-        )
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
     return table

@@ -18,7 +18,7 @@ from tunesmith.conversations import Conversation, read_conversations
 from tunesmith.errors import AdapterError, CheckpointError, DataError
 from tunesmith.models import BASE, Generation, GenerationSettings, RowScore, VariantSet, generate, score
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
-from tunesmith.record import Finding, Part, Record, Value
+from tunesmith.record import Finding, Part, Record, Value, gravest_first
 from tunesmith.runs import Run, RunCheckpoint
 
 RowsFrom = Literal["held_out", "given", "none"]
@@ -75,7 +75,8 @@ class CheckpointChoice(Record):
         best: the checkpoint of the lowest loss; None where no rows were scored.
         last: the last checkpoint.
         trainers_best: the checkpoint that the trainer recorded as the best; None where it recorded none.
-        findings: what else is to be known: answers' lengths, what the trainer thought, what was left out.
+        findings: what else is to be known, the gravest first: answers' lengths, what the trainer thought, what was left
+            out.
         rows_from: where the rows come from: kept from training by the run itself, given by the user, or there are none.
         rows: scored rows.
         tokens: answer tokens in them.
@@ -248,7 +249,7 @@ def choose_checkpoint(
         dtype=variants.dtype,
     )
     seen = [_seen_in_training(run, rows)] if rows_from == "given" else []
-    return draft.model_copy(update={"findings": (*seen, *saved.findings, *_remarks(draft))})
+    return draft.model_copy(update={"findings": gravest_first((*seen, *saved.findings, *_remarks(draft)))})
 
 
 def choose_from_record(saved: SavedAdapters, *, run: Run) -> CheckpointChoice:
@@ -266,7 +267,7 @@ def choose_from_record(saved: SavedAdapters, *, run: Run) -> CheckpointChoice:
         reason=reason,
         last=saved.different[-1].name,
         trainers_best=_trainers_best(saved.candidates),
-        findings=saved.findings,
+        findings=gravest_first(saved.findings),
     )
 
 

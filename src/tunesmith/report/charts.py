@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.adapter.records import READING_ORDER, AdapterFacts
 from tunesmith.compare import CheckpointChoice
+from tunesmith.models import BASE
 from tunesmith.report.escaping import visible
 from tunesmith.report.texts import text
 from tunesmith.runs import Run
@@ -120,7 +121,7 @@ def choice_spec(choice: CheckpointChoice, lang: str = "en") -> Spec | None:
         for one in choice.candidates
         if one.step is not None and one.loss is not None and one.same_as is None and math.isfinite(one.loss.value)
     ]
-    base = next((one.loss.value for one in choice.candidates if one.name == "base" and one.loss), None)
+    base = next((one.loss.value for one in choice.candidates if one.name == BASE and one.loss), None)
     if len(points) < 2:
         return None
     x = {"field": "step", "type": "quantitative", "title": text("chart.step", lang), "scale": {"zero": False}}

@@ -82,7 +82,7 @@ def render_report(
         "state_of_run": view.health_state(run.findings if health is None else health),
         "health": run.findings if health is None else health,
         "headline": view.headline(run, merged, verdict),
-        "kinds": view.module_kinds(adapter) if adapter else [],
+        "kinds": adapter.by_kind() if adapter else (),
         "choice": choice,
         "choice_charts": _drawn(charts.choice_spec, choice),
         "effect": view.effect(comparison) if comparison else None,

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from statistics import median
 from typing import Any
 
 from tunesmith.adapter.records import AdapterFacts
@@ -94,46 +93,6 @@ def health_state(findings: Sequence[Finding]) -> str:
     """``well``, ``look`` (there is something to know of) or ``ill``: by the gravest finding."""
     gravest = {finding.severity for finding in findings}
     return "ill" if "error" in gravest else "look" if "warning" in gravest else "well"
-
-
-@dataclass(frozen=True)
-class ModuleKind:
-    """The modules of one kind: how many there are, how far they moved, how many directions they use.
-
-    Attributes:
-        name: such as ``q_proj``.
-        count: modules.
-        r: the largest rank among them.
-        relative: the least, the median and the largest ‖Δ‖ / ‖W‖; None without the base.
-        effective_rank: the median; None where none was measured.
-        unmoved: how many never moved.
-    """
-
-    name: str
-    count: int
-    r: int
-    relative: tuple[float, float, float] | None
-    effective_rank: float | None
-    unmoved: int
-
-
-def module_kinds(adapter: AdapterFacts) -> list[ModuleKind]:
-    """The adapter's modules by kind, in the file's order."""
-    kinds = []
-    for name, modules in adapter.by_kind().items():
-        sizes = sorted(module.relative_update for module in modules if module.relative_update is not None)
-        ranks = [module.effective_rank for module in modules if module.effective_rank is not None]
-        kinds.append(
-            ModuleKind(
-                name=name,
-                count=len(modules),
-                r=max(module.r for module in modules),
-                relative=(sizes[0], median(sizes), sizes[-1]) if sizes else None,
-                effective_rank=median(ranks) if ranks else None,
-                unmoved=sum(module.moved is False for module in modules),
-            )
-        )
-    return kinds
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _seconds(value: object) -> float | None:
     return _seconds_of(value) if isinstance(value, str | int | float) else None
 
 
-@lru_cache(maxsize=256)  # many rows are logged within a second
+@lru_cache(maxsize=256, typed=True)  # many rows are logged within a second
 def _seconds_of(value: str | float) -> float | None:
     if isinstance(value, str) and 0 < len(value) <= _LONGEST_NUMBER:
         match = _CLOCK.fullmatch(value) or _UNITS.fullmatch(value)

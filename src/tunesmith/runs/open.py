@@ -43,7 +43,7 @@ _HUB_ADAPTER = Sought(
     entry=ADAPTER_CONFIG,
     weights=("adapter_model.safetensors",),
     small=("*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "*.yaml", "README.md", "LICENSE*"),
-    elsewhere="give its directory",
+    elsewhere="give",
     error=RunError,
 )
 
@@ -102,7 +102,7 @@ def _read(root: Path) -> Run:
         raise _no_adapter(root)
     config = documents.json(_relative(root, Path(checkpoints[-1].path) / ADAPTER_CONFIG), follow=True)
     settings, disagreements = read_settings(documents, config, state, state_file=state_file)
-    writer, mark = wrote(documents, config, trained=bool(folders))
+    writer, mark = wrote(documents, config, state, state_file=state_file, trained=bool(folders))
     base = _text(config.get("base_model_name_or_path") or config.get("model")) or None
     files, listing = list_files(root)
     metrics = _metrics(documents)
@@ -241,7 +241,7 @@ def _log(documents: Documents, state: Mapping[str, Any], state_file: str) -> tup
     history = state.get("log_history")
     rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
     series = [read_log(rows, state_file)]
-    series += [read_log(documents.rows(name), name) for name in (TRAINER_LOG, SWIFT_LOG) if documents.has(name)]
+    series += [read_log(documents.rows(name), name) for name in (TRAINER_LOG, SWIFT_LOG)]
     return merge_logs(*series)
 
 
@@ -308,8 +308,7 @@ def _completeness(
 
 def _crash(documents: Documents) -> list[Finding]:
     """The error with which the printed log ends; none where the training went on after it."""
-    printed = documents.text(FACTORY_PRINTED) if documents.has(FACTORY_PRINTED) else ""
-    _, trace, after = printed.rpartition("Traceback (most recent call last)")
+    _, trace, after = documents.text(FACTORY_PRINTED).rpartition("Traceback (most recent call last)")
     errors = _ERROR_LINE.findall(after) if trace else []
     if not errors or "Training completed" in after or "***** Running training" in after:
         return []

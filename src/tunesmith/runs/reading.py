@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
-from tunesmith.checkpoint import is_file, open_regular
+from tunesmith.checkpoint import is_file, is_there, open_regular
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity, Value
 
@@ -91,6 +91,8 @@ class Documents:
         Lines that are no object are left out and counted in a finding: the last is often half-written, because the
         training is still running or was killed.  Of a file beyond 32 MiB the middle is left out.
         """
+        if not self._here(name):
+            return []
         rows, damaged = [], 0
         try:
             with self._open(name) as file:
@@ -123,7 +125,9 @@ class Documents:
         return values or {}
 
     def text(self, name: str) -> str:
-        """A text; of one beyond 256 KiB its beginning and its end."""
+        """A text; of one beyond 256 KiB its beginning and its end.  Empty where there is none."""
+        if not self._here(name):
+            return ""
         try:
             with self._open(name) as file:
                 raw = file.read(_TEXT_BYTES)
@@ -134,6 +138,11 @@ class Documents:
             self._tell("file_unreadable", name)
             return ""
         return raw.decode("utf-8", "replace")
+
+    def _here(self, name: str) -> bool:
+        """Whether anything of that name is there that does not lead out of the run."""
+        path = self.root / name
+        return is_there(path) and not leads_out(self.root, path)
 
     def _open(self, name: str) -> BinaryIO:
         return open_regular(self.root / name)

@@ -94,20 +94,18 @@ def _sources(
     documents: Documents, config: Mapping[str, Any], state: Mapping[str, Any], state_file: str
 ) -> Iterable[tuple[str, dict[str, Value]]]:
     """Every file that records settings, the most trusted first."""
-    if documents.has(MANIFEST):
-        manifest = documents.json(MANIFEST)
-        yield MANIFEST, _plain(manifest) | _versions(manifest.get("versions"))
+    manifest = documents.json(MANIFEST)
+    yield MANIFEST, _plain(manifest) | _versions(manifest.get("versions"))
     yield ADAPTER_CONFIG, _adapter_settings(config)
     yield state_file, _plain({key: state[key] for key in _STATE_SETTINGS if key in state})
     yield SWIFT_ARGUMENTS, _plain(documents.json(SWIFT_ARGUMENTS))
     yield FACTORY_ARGUMENTS, _numbers(documents.yaml(FACTORY_ARGUMENTS))
     form = documents.yaml(FACTORY_FORM)
     yield FACTORY_FORM, {key.rpartition(".")[2]: value for key, value in _numbers(form).items()}
-    yield FACTORY_PRINTED, _printed(documents.text(FACTORY_PRINTED) if documents.has(FACTORY_PRINTED) else "")
-    if documents.has(MODEL_CARD):
-        card = documents.text(MODEL_CARD)
-        recipe = _CONFIG_IN_CARD.search(card)
-        yield MODEL_CARD, _card(card) | _numbers(plain_yaml(recipe[1]) or {} if recipe else {})
+    yield FACTORY_PRINTED, _printed(documents.text(FACTORY_PRINTED))
+    card = documents.text(MODEL_CARD)
+    recipe = _CONFIG_IN_CARD.search(card)
+    yield MODEL_CARD, _card(card) | _numbers(plain_yaml(recipe[1]) or {} if recipe else {})
 
 
 def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Value]:

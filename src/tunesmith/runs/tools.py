@@ -25,10 +25,12 @@ _TRL_LOGS = ("mean_token_accuracy", "rewards/margins", "completions/mean_length"
 
 @dataclass(frozen=True)
 class _Traces:
-    """What is looked at: the documents, the adapter's configuration and the model card."""
+    """What is looked at: the documents, the adapter's configuration, the trainer's state and the model card."""
 
     documents: Documents
     config: Mapping[str, Any]
+    state: Mapping[str, Any]
+    state_file: str
     card: str
 
     def file(self, *names: str) -> str | None:
@@ -58,10 +60,10 @@ class _Traces:
 
     def trl(self) -> str | None:
         """TRL's tag, or figures that the plain Trainer does not log."""
-        history = self.documents.json(TRAINER_STATE, history=True).get("log_history")
+        history = self.state.get("log_history")
         rows = [row for row in history[:4] if isinstance(row, dict)] if isinstance(history, list) else []
         logged = any(key in row for row in rows for key in _TRL_LOGS)
-        return TRAINER_STATE if logged else self.tag("trl")
+        return self.state_file if logged else self.tag("trl")
 
 
 # The first whose mark is there wins: those that build on others come first.
@@ -78,20 +80,23 @@ _MARKS: tuple[tuple[Writer, Callable[[_Traces], str | None]], ...] = (
 )
 
 
-def wrote(documents: Documents, config: Mapping[str, Any], *, trained: bool) -> tuple[Writer, str | None]:
+def wrote(
+    documents: Documents, config: Mapping[str, Any], state: Mapping[str, Any], *, state_file: str, trained: bool
+) -> tuple[Writer, str | None]:
     """The tool that wrote a run, and the file that tells.
 
     Args:
         documents: the run's.
         config: the adapter's configuration.
+        state: the trainer's state.
+        state_file: where that was read from, relative to the run.
         trained: whether there are checkpoints, which only a trainer leaves.
 
     Returns:
         The tool, and the file; ``trainer`` where only the Hugging Face Trainer's marks are there, which all but
         mlx-lm build on, and ``peft``, without a file, where there is no mark but the adapter.
     """
-    card = documents.text(MODEL_CARD) if documents.has(MODEL_CARD) else ""
-    traces = _Traces(documents, config, card)
+    traces = _Traces(documents, config, state, state_file, documents.text(MODEL_CARD))
     for writer, mark in _MARKS:
         source = mark(traces)
         if source is not None:
