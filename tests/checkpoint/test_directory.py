@@ -325,3 +325,18 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None
     file.write_bytes((tmp_path / "copy").read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="shorter"):
         model.read("w")
+
+
+def test_blocks_are_the_rows_that_read_gives(tmp_path: Path) -> None:
+    """From a file that is opened once; one that became shorter is told of."""
+    rows = torch.arange(60, dtype=torch.float32).reshape(20, 3)
+    save_file({"a": torch.zeros(5), "w": rows}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    model = Checkpoint(tmp_path)
+    first, second = model.blocks("w", (0, 17), 3)
+    assert np.array_equal(first, model.read_float64("w", 0, 3))
+    assert np.array_equal(second, model.read_float64("w", 17, 20))
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(model.info("w").begin + 10)
+    with pytest.raises(CheckpointError, match="shorter"):
+        list(model.blocks("w", (0, 17), 3))

@@ -26,8 +26,8 @@ GLANCE_BYTES = 224 << 20
 
 _THREADS = min(4, os.cpu_count() or 1)
 _WORTH_A_THREAD = 1 << 20
-_SAMPLE_ELEMENTS = 1 << 15
-_SAMPLE_BLOCKS = 4
+_SAMPLE_ELEMENTS = 1 << 17
+_SAMPLE_BLOCKS = 8
 _SAMPLE_COST = 1 << 19
 _PAIR_COST = 1 << 17
 _CUBE_COST = 2
@@ -150,12 +150,11 @@ def _sampled_norm(base: Checkpoint, name: str) -> float | None:
     if len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
         return None
     rows, columns = info.shape
-    block = max(1, _SAMPLE_ELEMENTS // _SAMPLE_BLOCKS // max(1, columns))
-    last = max(0, rows - block)
-    starts = sorted({last * part // (_SAMPLE_BLOCKS - 1) for part in range(_SAMPLE_BLOCKS)})
-    squares = [np.square(base.read_float64(name, start, start + block)) for start in starts]
-    seen = sum(part.size for part in squares)
-    norm = math.sqrt(sum(float(part.sum()) for part in squares) / seen * rows * columns) if seen else 0.0
+    block = min(rows, max(1, _SAMPLE_ELEMENTS // _SAMPLE_BLOCKS // max(1, columns)))
+    starts = sorted({(rows - block) * part // (_SAMPLE_BLOCKS - 1) for part in range(_SAMPLE_BLOCKS)})
+    squares = sum(float(np.vdot(part, part)) for part in base.blocks(name, starts, block))
+    seen = len(starts) * block * columns
+    norm = math.sqrt(squares / seen * info.elements) if seen else 0.0
     return norm if math.isfinite(norm) else None
 
 
