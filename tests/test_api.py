@@ -11,9 +11,10 @@ import pytest
 
 import tunesmith as ts
 from tests.tiny_models import TinyRun, edit_json
-from tunesmith.api.places import base_of, held_out_rows
+from tunesmith.api.places import base_of
 from tunesmith.compare import Comparison, VariantInfo
 from tunesmith.errors import BaseModelError, DataError, OutputError
+from tunesmith.runs import held_out_rows
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,8 @@ def comparison() -> Comparison:
     """A comparison of nothing with nothing."""
     return Comparison(
         run="run",
-        greedy=True,
-        max_new_tokens=8,
-        dtype="float32",
+        settings=ts.GenerationSettings(greedy=True, max_new_tokens=8),
+        engine=ts.Capabilities(kind="local", where="cpu", dtype="float32"),
         variants=(VariantInfo(name="base", kind="base", path="x"),),
         prompts=(),
         replies=(),
@@ -68,14 +68,14 @@ def test_adapter_that_names_no_base_needs_one(tiny: TinyRun, tmp_path: Path) -> 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(BaseModelError, match="names no base model") as caught:
-        ts.load_variants(tmp_path)
+        ts.load_engine(tmp_path)
     assert "--base" in str(caught.value)
 
 
 def test_no_variant_is_an_error(tiny: TinyRun) -> None:
     """An empty list would compare nothing with nothing."""
     with pytest.raises(DataError, match="No variant"):
-        ts.load_variants(tiny.adapters["final"], ())
+        ts.load_engine(tiny.adapters["final"], ())
 
 
 def test_verify_takes_what_merge_returned(tiny: TinyRun, tmp_path: Path) -> None:

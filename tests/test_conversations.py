@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import build_tokenizer, chat, row
 from tunesmith.conversations import (
     Conversation,
     Message,
+    Text,
     built_in_prompts,
     encode,
     encode_prompt,
+    encode_text,
     read_conversations,
 )
 from tunesmith.errors import DataError
@@ -300,3 +303,35 @@ def test_a_template_whose_generation_prompt_is_not_how_answers_begin_is_refused(
     template += "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     with pytest.raises(DataError, match="answers cannot be told"):
         encode(with_template(template), row(0, "question", "a long enough answer"))
+
+
+@given(text=TEXT)
+@settings(max_examples=100, deadline=None)
+def test_all_of_a_text_but_its_first_token_is_supervised(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Nothing comes before the first, so nothing predicts it; the ids are the text and no template's."""
+    if len(text.encode()) < 2:
+        text += "ab"
+    encoded = encode_text(tokenizer, Text(id="t", text=text))
+    assert tokenizer.decode(encoded.input_ids) == text
+    assert encoded.supervised == [False] + [True] * (len(encoded.input_ids) - 1)
+
+
+def test_a_text_begins_with_the_tokenizers_own_special_token() -> None:
+    """As in pretraining; then the first token of the text itself is predicted, and the special one is not."""
+    other = build_tokenizer()
+    start = other.convert_tokens_to_ids("<|im_start|>")
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    encoded = encode_text(other, Text(id="t", text="ab"))
+    assert encoded.input_ids[0] == start
+    assert other.decode(encoded.input_ids[1:]) == "ab"
+    assert encoded.supervised == [False, True, True]
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_with_nothing_to_score_is_refused_by_its_name(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """A mean over no token is no number."""
+    with pytest.raises(DataError, match="fewer than two tokens") as caught:
+        encode_text(tokenizer, Text(id="zh-07", text=text))
+    assert caught.value.where == "zh-07"

@@ -17,14 +17,16 @@ import tunesmith as ts
 from tunesmith.cli.app import app
 
 NAMES = [
-    "AdapterFacts", "Cancellation", "Cancelled", "Candidate", "ChatTurn", "CheckpointChoice", "Cleaned", "Cleanup",
-    "Comparison", "Conversation", "DemoResult", "Finding", "Forecast", "Generation", "GenerationSettings", "Health",
-    "Inspection", "KindFacts", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck", "Reply",
-    "Report", "Run", "RunFile", "TunesmithError", "VariantSet", "Verdict", "__version__", "apply_cleanup",
-    "checkpoints", "compare", "compute_dtype", "demo", "doctor", "finding_text", "generate", "inspect",
-    "load_variants", "merge", "open_run", "output_file", "plan_cleanup", "plan_merge", "read_conversations",
-    "recheck", "report", "text", "to_markdown", "train", "verdict_sentence", "verify", "word_diff",
-    "write_comparison", "write_inspection",
+    "AdapterFacts", "Cancellation", "Cancelled", "Candidate", "Capabilities", "ChatTurn", "CheckpointChoice",
+    "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Engine", "Estimate", "Evaluation", "Figure",
+    "Finding", "Forecast", "Generation", "GenerationSettings", "Health", "Inspection", "KindFacts", "Marks",
+    "Measure", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck", "RenderedPrompt", "Reply",
+    "Report", "Request", "Run", "RunFile", "TunesmithError", "VariantInfo", "Verdict", "__version__",
+    "apply_cleanup", "checkpoints", "compare", "compute_dtype", "demo", "doctor", "evaluate", "evaluation_markdown",
+    "filtered", "finding_text", "inspect", "load_engine", "marks_of", "merge", "open_run", "output_file",
+    "plan_cleanup", "plan_merge", "read_conversations", "recheck", "rendered_prompt", "report", "text", "to_csv",
+    "to_markdown", "train", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_evaluation",
+    "write_inspection",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -36,9 +38,15 @@ RENAMED = {("verify", "level"): "levels"}
 CLI_ONLY = {
     ("*", "as_json"): "how the answer is printed",
     ("*", "help"): "Typer's own",
+    ("chat", "model"): "one of the library's models",
+    ("chat", "plain"): "what is asked",
     ("chat", "prompt"): "what is asked",
+    ("chat", "show_prompt"): "the library's rendered_prompt",
     ("chat", "system"): "what is asked",
+    ("compare", "only"): "the library's filtered",
     ("compare", "out"): "the library returns the record",
+    ("compare", "vote"): "votes are asked of a person",
+    ("evaluate", "out"): "the library returns the record",
     ("inspect", "apply"): "the library's apply_cleanup",
     ("inspect", "cleanup"): "the library's plan_cleanup",
     ("inspect", "html"): "the library's write_inspection",
@@ -57,7 +65,7 @@ CLI_ONLY = {
 
 def library_defaults(verb: str) -> dict[str, Any]:
     """The defaults of what a verb calls."""
-    other = {"merge": (ts.plan_merge, ts.merge), "chat": (ts.load_variants,)}
+    other = {"merge": (ts.plan_merge, ts.merge), "chat": (ts.load_engine,)}
     calls = other[verb] if verb in other else (getattr(ts, verb),)
     defaults = {
         name: parameter.default
@@ -70,6 +78,8 @@ def library_defaults(verb: str) -> dict[str, Any]:
         defaults |= {name: field.default for name, field in ts.GenerationSettings.model_fields.items()}
     if verb == "compare":
         defaults["variants"] = ",".join(defaults["variants"])
+        defaults |= {name: field.default for name, field in ts.GenerationSettings.model_fields.items()}
+        defaults["greedy"] = True  # what the library takes where no settings are given
     return defaults
 
 

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from tunesmith.adapter import AdapterFacts as AdapterFacts
     from tunesmith.adapter import KindFacts as KindFacts
     from tunesmith.adapter import ModuleFacts as ModuleFacts
-    from tunesmith.api.comparing import ChatTurn as ChatTurn
     from tunesmith.api.comparing import checkpoints as checkpoints
     from tunesmith.api.comparing import compare as compare
-    from tunesmith.api.comparing import compute_dtype as compute_dtype
-    from tunesmith.api.comparing import load_variants as load_variants
     from tunesmith.api.comparing import write_comparison as write_comparison
+    from tunesmith.api.engines import ChatTurn as ChatTurn
+    from tunesmith.api.engines import compute_dtype as compute_dtype
+    from tunesmith.api.engines import load_engine as load_engine
+    from tunesmith.api.engines import rendered_prompt as rendered_prompt
+    from tunesmith.api.evaluating import evaluate as evaluate
+    from tunesmith.api.evaluating import write_evaluation as write_evaluation
     from tunesmith.api.inspecting import Inspection as Inspection
     from tunesmith.api.inspecting import inspect as inspect
     from tunesmith.api.inspecting import write_inspection as write_inspection
@@ -38,10 +41,22 @@ if TYPE_CHECKING:
     from tunesmith.api.verifying import recheck as recheck
     from tunesmith.api.verifying import verdict_sentence as verdict_sentence
     from tunesmith.api.verifying import verify as verify
+    from tunesmith.compare import BlindVote as BlindVote
     from tunesmith.compare import Candidate as Candidate
     from tunesmith.compare import CheckpointChoice as CheckpointChoice
     from tunesmith.compare import Comparison as Comparison
+    from tunesmith.compare import Estimate as Estimate
+    from tunesmith.compare import Evaluation as Evaluation
+    from tunesmith.compare import Figure as Figure
+    from tunesmith.compare import Marks as Marks
+    from tunesmith.compare import Measure as Measure
     from tunesmith.compare import Reply as Reply
+    from tunesmith.compare import VariantInfo as VariantInfo
+    from tunesmith.compare import VoteFile as VoteFile
+    from tunesmith.compare import Voting as Voting
+    from tunesmith.compare import filtered as filtered
+    from tunesmith.compare import marks_of as marks_of
+    from tunesmith.compare import to_csv as to_csv
     from tunesmith.compare import to_markdown as to_markdown
     from tunesmith.compare import word_diff as word_diff
     from tunesmith.conversations import Conversation as Conversation
@@ -57,13 +72,16 @@ if TYPE_CHECKING:
     from tunesmith.merge import Merged as Merged
     from tunesmith.merge import MergePlan as MergePlan
     from tunesmith.merge import plan_merge as plan_merge
+    from tunesmith.models import Capabilities as Capabilities
+    from tunesmith.models import Engine as Engine
     from tunesmith.models import Generation as Generation
     from tunesmith.models import GenerationSettings as GenerationSettings
-    from tunesmith.models import VariantSet as VariantSet
-    from tunesmith.models import generate as generate
+    from tunesmith.models import RenderedPrompt as RenderedPrompt
+    from tunesmith.models import Request as Request
     from tunesmith.progress import Cancellation as Cancellation
     from tunesmith.progress import Progress as Progress
     from tunesmith.record import Finding as Finding
+    from tunesmith.report import evaluation_markdown as evaluation_markdown
     from tunesmith.report import finding_text as finding_text
     from tunesmith.report import text as text
     from tunesmith.runs import Cleaned as Cleaned
@@ -80,16 +98,22 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AdapterFacts": "adapter",
+    "BlindVote": "compare",
     "Cancellation": "progress",
     "Cancelled": "errors",
     "Candidate": "compare",
-    "ChatTurn": "api.comparing",
+    "Capabilities": "models",
+    "ChatTurn": "api.engines",
     "CheckpointChoice": "compare",
     "Cleaned": "runs",
     "Cleanup": "runs",
     "Comparison": "compare",
     "Conversation": "conversations",
     "DemoResult": "demo",
+    "Engine": "models",
+    "Estimate": "compare",
+    "Evaluation": "compare",
+    "Figure": "compare",
     "Finding": "record",
     "Forecast": "merge",
     "Generation": "models",
@@ -97,29 +121,38 @@ _HOME = {
     "Health": "doctor",
     "Inspection": "api.inspecting",
     "KindFacts": "adapter",
+    "Marks": "compare",
+    "Measure": "compare",
     "MergePlan": "merge",
     "Merged": "merge",
     "Message": "conversations",
     "ModuleFacts": "adapter",
     "Progress": "progress",
     "Recheck": "verify",
+    "RenderedPrompt": "models",
     "Reply": "compare",
     "Report": "api.reporting",
+    "Request": "models",
     "Run": "runs",
     "RunFile": "runs",
     "TunesmithError": "errors",
-    "VariantSet": "models",
+    "VariantInfo": "compare",
+    "VoteFile": "compare",
+    "Voting": "compare",
     "Verdict": "verify",
-    "checkpoints": "api.comparing",
     "apply_cleanup": "runs",
+    "checkpoints": "api.comparing",
     "compare": "api.comparing",
-    "compute_dtype": "api.comparing",
+    "compute_dtype": "api.engines",
     "demo": "demo",
     "doctor": "doctor",
+    "evaluate": "api.evaluating",
+    "evaluation_markdown": "report",
+    "filtered": "compare",
     "finding_text": "report",
-    "generate": "models",
     "inspect": "api.inspecting",
-    "load_variants": "api.comparing",
+    "load_engine": "api.engines",
+    "marks_of": "compare",
     "merge": "api.merging",
     "open_run": "runs",
     "output_file": "api.places",
@@ -127,14 +160,17 @@ _HOME = {
     "plan_merge": "merge",
     "read_conversations": "conversations",
     "recheck": "api.verifying",
+    "rendered_prompt": "api.engines",
     "report": "api.reporting",
     "text": "report",
+    "to_csv": "compare",
     "to_markdown": "compare",
     "train": "api.training",
     "verdict_sentence": "api.verifying",
     "verify": "api.verifying",
     "word_diff": "compare",
     "write_comparison": "api.comparing",
+    "write_evaluation": "api.evaluating",
     "write_inspection": "api.inspecting",
 }
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +66,26 @@ class Conversation(Part):
         return next((turn.content for turn in reversed(self.messages) if turn.role == "user"), "")
 
 
-_BUILT_IN = (
-    "Explain in two sentences why the sky is blue.",
-    "用两句话解释什么是微调。",
-    "Write a Python function that reverses a string.",
-    "Give three tips for a good night's sleep.",
-    "把下面的句子翻译成英文：今天天气很好，我们去公园吧。",
-    "What is 17 times 23? Show your steps.",
-    "Write an SQL query that finds the best paid employee of every department.",
-    "写一首关于秋天的四行小诗。",
-)
+class Text(Part):
+    """A passage of plain text, all of which is scored: no question, no answer.
+
+    Attributes:
+        id: stable within its file.
+        text: the passage.
+    """
+
+    id: str
+    text: str
 
 
 def built_in_prompts() -> tuple[Conversation, ...]:
-    """Prompts in Chinese, English and code, for a run that keeps no held-out rows."""
-    return tuple(
-        Conversation(id=f"built-in-{number}", messages=(Message(role="user", content=text),))
-        for number, text in enumerate(_BUILT_IN)
-    )
+    """Prompts in English, Chinese and code in turn, for a run that keeps no held-out rows: 8 of the general ones."""
+    # Read as files: verification asks these too, and must not import the room of comparing for it.
+    folder = resources.files("tunesmith") / "compare" / "general"
+    kinds = [(folder / f"instructions-{kind}.jsonl").read_text(encoding="utf-8") for kind in ("en", "zh", "code")]
+    rows = [line for turn in zip(*(kind.splitlines()[:3] for kind in kinds), strict=True) for line in turn]
+    asked = (Conversation.model_validate_json(row) for row in rows[:8])
+    return tuple(Conversation(id=row.id, messages=row.prompt) for row in asked)
 
 
 def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
@@ -143,11 +146,11 @@ def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a conversation.
+    """Token ids of a conversation or a text.
 
     Attributes:
         input_ids: all token ids, in order.
-        supervised: for each of them, whether it belongs to an answer and so counts in the loss.
+        supervised: for each of them, whether it counts in the loss: in a conversation, whether it belongs to an answer.
     """
 
     input_ids: list[int]
@@ -197,6 +200,22 @@ def encode(tokenizer: Any, conversation: Conversation) -> Encoded:
         supervised += [False] * len(context) + [place < length for place in range(len(answer))]
         done = len(end)
     return Encoded(ids, supervised)
+
+
+def encode_text(tokenizer: Any, text: Text) -> Encoded:
+    """Encode plain text as a model was pretrained on it: no chat template, the tokenizer's own special tokens.
+
+    Every token counts but the first, before which there is nothing to predict it from.
+
+    Raises:
+        DataError: there are not two tokens, so that there is nothing to score.
+    """
+    ids = list(tokenizer(text.text, add_special_tokens=True)["input_ids"])
+    if len(ids) < 2:
+        raise DataError(
+            "A text of fewer than two tokens cannot be scored.", where=text.id, expected="2 or more", found=len(ids)
+        )
+    return Encoded(ids, [False] + [True] * (len(ids) - 1))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 
-from tunesmith.api.comparing import compute_dtype
+from tunesmith.api.engines import compute_dtype
 from tunesmith.checkpoint import cache_dir
 from tunesmith.models import ComputeDtype
 from tunesmith.record import Record

@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 from tests.tiny_models import TinyRun, edit_json, row
 from tunesmith.compare import CheckpointChoice, choose_checkpoint, choose_from_record, saved_adapters
 from tunesmith.compare.choice import RowsFrom, SavedAdapters, _reason, _with_figures
-from tunesmith.compare.selection import ratio_estimate, select
+from tunesmith.compare.intervals import ratio_estimate
+from tunesmith.compare.selection import select
 from tunesmith.conversations import Conversation
 from tunesmith.errors import AdapterError, Cancelled
-from tunesmith.models import GenerationSettings, RowScore, VariantSet, generate, score
+from tunesmith.models import GenerationSettings, LocalEngine, Request, RowScore, VariantSet, generate, score
 from tunesmith.progress import Cancellation, Progress
 from tunesmith.record import Finding
 from tunesmith.report import LANGUAGES, finding_text, text
@@ -63,6 +64,7 @@ def choose(
 ) -> CheckpointChoice:
     """Choose among all of a run's checkpoints."""
     return choose_checkpoint(
+        LocalEngine(variants),
         variants,
         saved_adapters(run.checkpoints),
         rows,
@@ -80,12 +82,12 @@ def test_every_candidate_has_the_loss_of_its_own_weights(base: VariantSet, varia
     choice = choose(base, run)
     assert [one.name for one in choice.candidates] == ["base", "checkpoint-10", "checkpoint-20", "final"]
     for name, loaded in (("base", "base"), ("checkpoint-10", "checkpoint-10"), ("checkpoint-20", "final")):
-        rows = score(variants, loaded, ROWS)
+        rows = score(variants, [loaded], ROWS)[loaded]
         expected = ratio_estimate([one.nll for one in rows], [one.tokens for one in rows])
         found = choice.candidate(name).loss
         assert found is not None
         assert (found.value, found.low, found.high) == pytest.approx((expected.value, expected.low, expected.high))
-    assert choice.tokens == sum(one.tokens for one in score(variants, "base", ROWS))
+    assert choice.tokens == sum(one.tokens for one in score(variants, ["base"], ROWS)["base"])
     with pytest.raises(KeyError):
         choice.candidate("checkpoint-30")
 
@@ -186,7 +188,7 @@ def test_answers_are_those_of_the_recommended_the_best_and_the_last(
             assert one.answer_tokens is None
             continue
         loaded = "final" if one.name in ("final", "checkpoint-20") else one.name
-        expected = generate(variants, loaded, [item.prompt for item in ROWS[:2]], settings)
+        expected = generate(variants, [Request(loaded, item.prompt) for item in ROWS[:2]], settings)
         assert one.answer_tokens == sum(len(answer.token_ids) for answer in expected) / 2
         assert one.answers_cut == sum(answer.stop_reason == "length" for answer in expected)
     assert (choice.answered, choice.max_new_tokens) == (2, 8)
@@ -335,7 +337,10 @@ CASES: dict[str, dict[str, list[float]]] = {
 @pytest.mark.parametrize("verdict", CASES)
 def test_every_reason_has_a_sentence_with_all_its_figures(verdict: str, tiny: TinyRun) -> None:
     """In both languages, and without a hole."""
-    scores = {name: [RowScore(str(i), nll, 10) for i, nll in enumerate(rows)] for name, rows in CASES[verdict].items()}
+    scores = {
+        name: [RowScore(str(i), (-nll / 10,) * 10) for i, nll in enumerate(rows)]
+        for name, rows in CASES[verdict].items()
+    }
     selection = select(scores)
     assert selection.verdict == verdict
     checkpoints = [

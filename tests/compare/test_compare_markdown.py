@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tunesmith.compare import Comparison, Reply, Score, VariantInfo, to_markdown
 from tunesmith.conversations import Conversation, Message
+from tunesmith.models import Capabilities, GenerationSettings
 
 
 def comparison(
@@ -42,9 +43,8 @@ def comparison(
                 better_rows=5,
             ),
         ),
-        max_new_tokens=64,
-        greedy=True,
-        dtype="float32",
+        settings=GenerationSettings(greedy=True, max_new_tokens=64),
+        engine=Capabilities(kind="local", where="cpu", dtype="float32"),
     )
 
 

@@ -67,7 +67,7 @@ def test_segments_join_to_both_texts_also_for_long_texts(left: str, right: str) 
 @settings(max_examples=300, deadline=None)
 def test_long_texts_share_as_many_words_as_can_be(left: list[str], right: list[str]) -> None:
     """Against the textbook's table; pairs grow on both sides and are of equal words."""
-    found = diff._longest_common_subsequence(left, right)
+    found = diff.longest_common_subsequence(left, right)
     assert len(found) == longest(left, right)
     assert all(left[i] == right[j] for i, j in found)
     assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
-import scipy.stats
 
 from tests.tiny_models import TinyRun, chat, row
-from tunesmith.compare import Comparison, VariantInfo, compare, mean_interval, summarize
+from tunesmith.compare import Comparison, VariantInfo, compare, summarize
+from tunesmith.compare.intervals import ratio_estimate
 from tunesmith.conversations import Conversation
 from tunesmith.errors import Cancelled, DataError
-from tunesmith.models import GenerationSettings, RowScore, VariantSet, generate, score
+from tunesmith.models import GenerationSettings, LocalEngine, Request, RowScore, VariantSet, generate, score
 from tunesmith.progress import Cancellation, Progress
 
 SETTINGS = GenerationSettings(greedy=True, max_new_tokens=8)
@@ -28,7 +27,12 @@ def infos(variants: VariantSet, *names: str) -> list[VariantInfo]:
 def run(variants: VariantSet, *names: str, rows: list[Conversation] | None = None) -> Comparison:
     """Compare over the prompts above."""
     return compare(
-        variants, infos(variants, *names), PROMPTS, run_name="run", settings=SETTINGS, scored_rows=rows or []
+        LocalEngine(variants),
+        infos(variants, *names),
+        PROMPTS,
+        run_name="run",
+        settings=SETTINGS,
+        scored_rows=rows or [],
     )
 
 
@@ -39,7 +43,7 @@ def test_there_is_one_reply_for_every_prompt_and_variant(variants: VariantSet) -
     assert len(comparison.replies) == len(PROMPTS) * len(names)
     for name in names:
         for prompt, generation in zip(
-            PROMPTS, generate(variants, name, [item.prompt for item in PROMPTS], SETTINGS), strict=True
+            PROMPTS, generate(variants, [Request(name, item.prompt) for item in PROMPTS], SETTINGS), strict=True
         ):
             reply = comparison.reply(prompt.id, name)
             assert (reply.text, reply.stop_reason) == (generation.text, generation.stop_reason)
@@ -51,36 +55,29 @@ def test_the_record_says_how_it_was_made_and_survives_json(variants: VariantSet,
     """Order of the variants, settings and dtype."""
     comparison = run(variants, "final", "base", rows=ROWS)
     assert [info.name for info in comparison.variants] == ["final", "base"]
-    assert (comparison.run, comparison.max_new_tokens, comparison.greedy, comparison.dtype) == (
-        "run",
-        8,
-        True,
-        "float32",
-    )
+    assert (comparison.run, comparison.settings, comparison.engine.dtype) == ("run", SETTINGS, "float32")
     assert Comparison.read(comparison.write(tmp_path / "comparison.json")) == comparison
 
 
 def test_an_expected_answer_is_not_shown_to_the_model(variants: VariantSet) -> None:
     """The model answers the question that the answer belongs to."""
     reply = run(variants, "base").reply("row-1", "base")
-    assert reply.text == generate(variants, "base", [chat("hello")], SETTINGS)[0].text
+    assert reply.text == generate(variants, [Request("base", tuple(chat("hello")))], SETTINGS)[0].text
 
 
 def test_differences_are_paired_with_the_base(variants: VariantSet) -> None:
-    """Against scipy's one-sample t-test of the rows' own differences."""
+    """Row by row, and the interval is of the rows."""
     comparison = run(variants, "final", "base", rows=ROWS)
     final, base = comparison.scores
-    differences = [
-        a.nll / a.tokens - b.nll / b.tokens
-        for a, b in zip(score(variants, "final", ROWS), score(variants, "base", ROWS), strict=True)
-    ]
-    interval = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert final.difference == pytest.approx(sum(differences) / 6)
-    assert (final.difference_low, final.difference_high) == pytest.approx(tuple(interval))
+    scores = score(variants, ["final", "base"], ROWS)
+    differences = [a.nll - b.nll for a, b in zip(scores["final"], scores["base"], strict=True)]
+    expected = ratio_estimate(differences, [row.tokens for row in scores["base"]])
+    assert final.difference == pytest.approx(sum(differences) / base.tokens)
+    assert (final.difference_low, final.difference_high) == pytest.approx((expected.low, expected.high))
     assert final.better_rows == sum(value < 0 for value in differences)
     assert (base.difference, base.difference_low, base.difference_high, base.better_rows) == (None,) * 4
     assert final.rows == base.rows == 6
-    assert base.loss == pytest.approx(sum(item.nll for item in score(variants, "base", ROWS)) / base.tokens)
+    assert base.loss == pytest.approx(sum(item.nll for item in scores["base"]) / base.tokens)
 
 
 def test_without_the_base_there_is_no_difference(variants: VariantSet) -> None:
@@ -89,37 +86,30 @@ def test_without_the_base_there_is_no_difference(variants: VariantSet) -> None:
     assert (final.difference, final.better_rows) == (None, None)
 
 
-def test_loss_is_a_mean_over_tokens_and_difference_one_over_rows() -> None:
-    """A long row weighs more in the first only."""
-    base = [RowScore("a", 10.0, 10), RowScore("b", 4.0, 2)]
-    other = [RowScore("a", 5.0, 10), RowScore("b", 6.0, 2)]
+def scored(name: str, nll: float, tokens: int) -> RowScore:
+    """A row whose tokens are all as likely."""
+    return RowScore(name, (-nll / tokens,) * tokens)
+
+
+def test_loss_and_difference_are_means_over_tokens() -> None:
+    """The difference is that of the two losses, as a person would subtract them."""
+    base = [scored("a", 10.0, 10), scored("b", 4.0, 2)]
+    other = [scored("a", 5.0, 10), scored("b", 6.0, 2)]
     result = summarize("other", other, base)
     assert result.loss == pytest.approx(11 / 12)
-    assert result.difference == pytest.approx((-0.5 + 1.0) / 2)
+    assert result.difference == pytest.approx(11 / 12 - 14 / 12)
     assert (result.rows, result.tokens, result.better_rows) == (2, 12, 1)
 
 
 def test_rows_of_different_tokens_have_no_difference() -> None:
     """Nats per token of two tokenizers cannot be subtracted."""
-    assert summarize("other", [RowScore("a", 5.0, 10)], [RowScore("a", 5.0, 9)]).difference is None
+    assert summarize("other", [scored("a", 5.0, 10)], [scored("a", 5.0, 9)]).difference is None
 
 
 def test_one_row_has_a_difference_and_no_interval() -> None:
     """Nothing is known of the spread."""
-    result = summarize("other", [RowScore("a", 5.0, 10)], [RowScore("a", 10.0, 10)])
-    assert (result.difference, result.difference_low, result.difference_high) == (-0.5, None, None)
-
-
-def test_the_interval_is_students() -> None:
-    """A textbook's figures: n = 4, mean 2.5, s = 1.291, t = 3.182."""
-    low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
-    assert low is not None
-    assert high is not None
-    assert (low, high) == pytest.approx(
-        (2.5 - 3.1824463 * math.sqrt(5 / 3) / 2, 2.5 + 3.1824463 * math.sqrt(5 / 3) / 2)
-    )
-    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)
-    assert mean_interval([1.0]) == (None, None)
+    result = summarize("other", [scored("a", 5.0, 10)], [scored("a", 10.0, 10)])
+    assert (result.difference, result.difference_low, result.difference_high) == (pytest.approx(-0.5), None, None)
 
 
 def test_no_variant_or_one_twice_is_refused(variants: VariantSet) -> None:
@@ -129,18 +119,18 @@ def test_no_variant_or_one_twice_is_refused(variants: VariantSet) -> None:
     with pytest.raises(DataError, match="base"):
         run(variants, "base", "final", "base")
     with pytest.raises(DataError, match="no such variant"):
-        compare(variants, [VariantInfo(name="x", kind="full", path="/")], PROMPTS, run_name="run")
+        compare(LocalEngine(variants), [VariantInfo(name="x", kind="full", path="/")], PROMPTS, run_name="run")
 
 
 def test_a_prompt_id_twice_is_refused(variants: VariantSet) -> None:
     """Replies are looked up by it."""
     with pytest.raises(DataError, match="row-0"):
-        compare(variants, infos(variants, "base"), [row(0, "a"), row(0, "b")], run_name="run")
+        compare(LocalEngine(variants), infos(variants, "base"), [row(0, "a"), row(0, "b")], run_name="run")
 
 
 def test_scores_alone_and_replies_alone(variants: VariantSet) -> None:
     """Either list may be empty."""
-    comparison = compare(variants, infos(variants, "base"), [], run_name="run", scored_rows=ROWS)
+    comparison = compare(LocalEngine(variants), infos(variants, "base"), [], run_name="run", scored_rows=ROWS)
     assert comparison.replies == ()
     assert len(comparison.scores) == 1
 
@@ -150,7 +140,9 @@ def test_progress_is_of_the_whole_and_cancelling_stops(variants: VariantSet) -> 
     seen: list[Progress] = []
     cancellation = Cancellation()
     both = infos(variants, "base", "final")
-    compare(variants, both, PROMPTS, run_name="run", settings=SETTINGS, scored_rows=ROWS, progress=seen.append)
+    compare(
+        LocalEngine(variants), both, PROMPTS, run_name="run", settings=SETTINGS, scored_rows=ROWS, progress=seen.append
+    )
     for stage, total in (("generate", 6), ("score", 12)):
         steps = [step for step in seen if step.stage == stage]
         assert {step.total for step in steps} == {total}
@@ -158,7 +150,7 @@ def test_progress_is_of_the_whole_and_cancelling_stops(variants: VariantSet) -> 
         assert steps[-1].done == total
     with pytest.raises(Cancelled):
         compare(
-            variants,
+            LocalEngine(variants),
             both,
             PROMPTS,
             run_name="run",

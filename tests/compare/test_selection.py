@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tunesmith.compare.selection import Estimate, Selection, ratio_estimate, select
+from tunesmith.compare.intervals import Estimate, ratio_estimate
+from tunesmith.compare.selection import Selection, select
 from tunesmith.models import RowScore
 
 TRIALS = 1500
@@ -18,9 +19,14 @@ KEPT_TRIALS = 300
 SLACK = 3 * math.sqrt(0.05 * 0.95 / TRIALS)
 
 
+def row(name: str, nll: float, tokens: int) -> RowScore:
+    """A row of that many tokens whose first one takes all the nats."""
+    return RowScore(name, (-nll, *[0.0] * (tokens - 1)))
+
+
 def scored(nats: Sequence[float], tokens: Sequence[int] | None = None) -> list[RowScore]:
     """Row scores of these nats; ten tokens a row where nothing else is said."""
-    return [RowScore(f"row-{i}", nll, tokens[i] if tokens else 10) for i, nll in enumerate(nats)]
+    return [row(f"row-{i}", nll, tokens[i] if tokens else 10) for i, nll in enumerate(nats)]
 
 
 def experiment(
@@ -37,9 +43,7 @@ def experiment(
     names = ["base", *(f"checkpoint-{step}" for step in range(1, len(losses)))]
     own = rng.normal(0, 0.05, (len(losses), rows)) * (1 + 0.5 * hard)
     return {
-        name: [
-            RowScore(str(i), float(tokens[i] * (loss + hard[i] + own[place, i])), int(tokens[i])) for i in range(rows)
-        ]
+        name: [row(str(i), float(tokens[i] * (loss + hard[i] + own[place, i])), int(tokens[i])) for i in range(rows)]
         for place, (name, loss) in enumerate(zip(names, losses, strict=True))
     }
 

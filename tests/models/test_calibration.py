@@ -34,6 +34,7 @@ from tunesmith.errors import Cancelled, CheckpointError, DataError, OutputError,
 from tunesmith.models import (
     GenerationSettings,
     RecordedInputs,
+    Request,
     VariantSet,
     encode_calibration_rows,
     generate,
@@ -306,7 +307,10 @@ def test_the_model_is_the_same_afterwards(variants: VariantSet, tmp_path: Path) 
     settings = GenerationSettings(greedy=True, max_new_tokens=12)
 
     def said() -> list[str]:
-        return [item.text for item in generate(variants, "final", [chat("hi"), chat("猫")], settings)]
+        return [
+            item.text
+            for item in generate(variants, [Request("final", chat("hi")), Request("final", chat("猫"))], settings)
+        ]
 
     before = said()
     write_calibration_text(variants, "final", sequences=4, tokens=64)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tests.tiny_models import WINDOW, build_base, build_tokenizer, row
-from tunesmith.conversations import Conversation, encode
+from tunesmith.conversations import Conversation, Text, encode
 from tunesmith.errors import Cancelled, CheckpointError, DataError, PromptError
-from tunesmith.models import RowScore, VariantSet, score, token_logits
+from tunesmith.models import RowScore, ScoredRow, VariantSet, score, token_logits
 from tunesmith.progress import Cancellation, Progress
 
 MODULE: Any = sys.modules["tunesmith.models.score"]  # the package's attribute of that name is the function
 
-# float32 logits of size 10, 64 features, 2 layers: errors of about 1e-5 nats a token.
-NATS_PER_TOKEN = 1e-4
+# float32 logits of size 10, 64 features, 2 layers.
+NATS_PER_TOKEN = 1e-5
 
 ROWS = [
     row(0, "hi", "hello there"),
@@ -31,47 +33,67 @@ ROWS = [
 ]
 
 
-def naive(variants: VariantSet, name: str, conversation: Conversation) -> tuple[float, int]:
-    """The oracle: a forward pass for every answer token, and a float64 softmax in numpy."""
+def ask(variants: VariantSet, name: str, rows: Sequence[ScoredRow], **changes: Any) -> list[RowScore]:
+    """Every row under one variant."""
+    return score(variants, [name], rows, **changes)[name]
+
+
+def naive_logits(variants: VariantSet, name: str, conversation: Conversation) -> list[tuple[int, NDArray[np.float64]]]:
+    """The oracle: a forward pass for every answer token, as float64."""
     with variants.active(name) as (model, tokenizer):
         encoded = encode(tokenizer, conversation)
-        total = 0.0
-        for place, (token, supervised) in enumerate(zip(encoded.input_ids, encoded.supervised, strict=True)):
-            if supervised:
-                logits = model(input_ids=torch.tensor([encoded.input_ids[:place]])).logits[0, -1].double().numpy()
-                total -= logits[token] - logits.max() - math.log(np.exp(logits - logits.max()).sum())
-    return total, sum(encoded.supervised)
+        return [
+            (token, model(input_ids=torch.tensor([encoded.input_ids[:place]])).logits[0, -1].double().numpy())
+            for place, (token, supervised) in enumerate(zip(encoded.input_ids, encoded.supervised, strict=True))
+            if supervised
+        ]
+
+
+def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """In float64."""
+    shifted = logits - logits.max()
+    result: NDArray[np.float64] = shifted - math.log(np.exp(shifted).sum())
+    return result
+
+
+def naive(variants: VariantSet, name: str, conversation: Conversation) -> RowScore:
+    """The oracle's score."""
+    found = naive_logits(variants, name, conversation)
+    log_probs = tuple(float(log_softmax(logits)[token]) for token, logits in found)
+    return RowScore(conversation.id, log_probs, sum(int(logits.argmax()) == token for token, logits in found))
 
 
 def close(left: list[RowScore], right: list[RowScore]) -> bool:
-    """Whether scores are of the same rows and equal up to float32 noise."""
-    return [(a.id, a.tokens) for a in left] == [(b.id, b.tokens) for b in right] and all(
-        abs(a.nll - b.nll) <= NATS_PER_TOKEN * a.tokens for a, b in zip(left, right, strict=True)
+    """Whether scores are of the same rows and equal up to float32 noise, token by token."""
+    return [(a.id, a.tokens, a.correct) for a in left] == [(b.id, b.tokens, b.correct) for b in right] and all(
+        abs(x - y) <= NATS_PER_TOKEN
+        for a, b in zip(left, right, strict=True)
+        for x, y in zip(a.log_probs, b.log_probs, strict=True)
     )
 
 
 @pytest.mark.parametrize("name", ["base", "final", "merged"])
 def test_score_equals_a_naive_float64_loop(variants: VariantSet, name: str) -> None:
     """Nats and tokens, end-of-turn tokens included, in the order of the rows."""
-    expected = [RowScore(item.id, *naive(variants, name, item)) for item in ROWS]
-    assert close(score(variants, name, ROWS), expected)
+    expected = [naive(variants, name, item) for item in ROWS]
+    assert close(ask(variants, name, ROWS), expected)
     assert len({round(item.loss, 3) for item in expected}) == len(ROWS)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_padding_changes_nothing(variants: VariantSet, batch_size: int) -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 2, 5])
+def test_padding_changes_nothing(variants: VariantSet, rows_at_once: int) -> None:
     """Any batch size, and any order of the rows."""
-    one_by_one = [score(variants, "final", [item])[0] for item in ROWS]
-    assert close(score(variants, "final", ROWS, batch_size=batch_size), one_by_one)
-    assert close(score(variants, "final", ROWS[::-1], batch_size=batch_size), one_by_one[::-1])
+    one_by_one = [ask(variants, "final", [item])[0] for item in ROWS]
+    assert close(ask(variants, "final", ROWS, rows_at_once=rows_at_once), one_by_one)
+    assert close(ask(variants, "final", ROWS[::-1], rows_at_once=rows_at_once), one_by_one[::-1])
 
 
 def test_a_small_logits_budget_changes_nothing(variants: VariantSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches shrink to one row, and long answers are taken in parts."""
-    expected = score(variants, "base", ROWS)
+    expected = ask(variants, "base", ROWS)
     monkeypatch.setattr(MODULE, "_LOGITS_BUDGET_BYTES", 1)
     monkeypatch.setattr(MODULE, "_POSITIONS_AT_ONCE", 3)
-    assert close(score(variants, "base", ROWS), expected)
+    assert close(ask(variants, "base", ROWS), expected)
 
 
 def test_logits_are_computed_for_answers_only(variants: VariantSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,21 +107,21 @@ def test_logits_are_computed_for_answers_only(variants: VariantSet, monkeypatch:
         return logits
 
     monkeypatch.setattr(MODULE, "_logits", spy)
-    score(variants, "base", [row(0, "long " * 40, "yes")])
+    ask(variants, "base", [row(0, "long " * 40, "yes")])
     assert shapes == [len("yes") + 1]
 
 
 def test_a_row_without_an_answer_is_refused(variants: VariantSet) -> None:
     """It is named."""
     with pytest.raises(DataError, match="row-7"):
-        score(variants, "base", [row(7, "hi")])
+        ask(variants, "base", [row(7, "hi")])
 
 
 def test_rows_longer_than_the_window_are_all_named(variants: VariantSet) -> None:
     """Cut rows would be other rows."""
     rows = [row(0, "x", "y"), row(1, "x" * WINDOW, "y"), row(2, "x", "y" * WINDOW)]
     with pytest.raises(PromptError, match=r"(?s)row-1: .*row-2: .*512"):
-        score(variants, "base", rows)
+        ask(variants, "base", rows)
 
 
 def test_progress_counts_rows_and_cancelling_stops(variants: VariantSet) -> None:
@@ -113,12 +135,12 @@ def test_progress_counts_rows_and_cancelling_stops(variants: VariantSet) -> None
             cancellation.cancel()
 
     with pytest.raises(Cancelled):
-        score(variants, "base", ROWS, progress=on_progress, cancellation=cancellation, batch_size=2)
+        ask(variants, "base", ROWS, progress=on_progress, cancellation=cancellation, rows_at_once=2)
     assert [(step.stage, step.done, step.total, step.unit) for step in seen] == [
         ("score", 2, 5, "rows"),
         ("score", 4, 5, "rows"),
     ]
-    assert score(variants, "base", []) == []
+    assert ask(variants, "base", []) == []
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
@@ -126,7 +148,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     build_base(tmp_path / "base", vocab_size=200)
     variants = VariantSet.load(tmp_path / "base", adapters={}, tokenizer_dir=tmp_path / "base")
     with pytest.raises(CheckpointError, match="no embedding"):
-        score(variants, "base", [row(0, "猫", "猫")])
+        ask(variants, "base", [row(0, "猫", "猫")])
 
 
 @pytest.mark.parametrize(
@@ -146,3 +168,61 @@ def test_token_logits_of_too_long_a_sequence_are_refused(variants: VariantSet) -
     """The window is named."""
     with pytest.raises(PromptError, match="512"):
         token_logits(variants, "base", [1] * (WINDOW + 1), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several variants at once
+
+
+@pytest.mark.parametrize("reference", ["base", "final", "merged"])
+def test_kl_is_measured_against_the_reference_token_by_token(variants: VariantSet, reference: str) -> None:
+    """Adapters, base and a model with weights of its own, whichever of them the others are held against."""
+    names, rows = ["final", "base", "merged", "checkpoint-10"], ROWS[:3]
+    found = score(variants, names, rows, reference=reference)
+    assert list(found) == names
+    oracle = {
+        name: [np.array([log_softmax(logits) for _, logits in naive_logits(variants, name, one)]) for one in rows]
+        for name in names
+    }
+    for name in names:
+        for place, item in enumerate(found[name]):
+            p, q = oracle[reference][place], oracle[name][place]
+            if name == reference:
+                assert item.kl is None
+            else:
+                assert item.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), abs=1e-5, rel=1e-5)
+        assert close(found[name], ask(variants, name, rows))
+    assert all(item.kl is None for scores in score(variants, names, rows).values() for item in scores)
+
+
+def test_every_row_of_every_variant_is_told_once(variants: VariantSet) -> None:
+    """With the score that is returned, also where the reference is computed again beside another model."""
+    told: list[tuple[str, int, RowScore]] = []
+    found = score(
+        variants,
+        ["merged", "base", "final"],
+        ROWS,
+        reference="merged",
+        on_done=lambda name, index, item: told.append((name, index, item)),
+    )
+    assert len(told) == len({(name, index) for name, index, _ in told}) == 3 * len(ROWS)
+    assert all(found[name][index] == item for name, index, item in told)
+
+
+def test_a_reference_that_is_not_scored_is_refused(variants: VariantSet) -> None:
+    """Those that are, are named."""
+    with pytest.raises(DataError, match="final"):
+        score(variants, ["final"], ROWS, reference="base")
+
+
+def test_a_text_is_scored_from_its_second_token_on(variants: VariantSet) -> None:
+    """All of it, beside conversations, each in its place."""
+    text = Text(id="text", text="plain 猫")
+    found = ask(variants, "final", [ROWS[0], text, ROWS[1]])
+    with variants.active("final") as (model, tokenizer):
+        ids = tokenizer(text.text)["input_ids"]
+        log_p = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    expected = [float(log_p[place - 1, token]) for place, token in enumerate(ids) if place]
+    assert [item.id for item in found] == ["row-0", "text", "row-1"]
+    np.testing.assert_allclose(found[1].log_probs, expected, rtol=0, atol=NATS_PER_TOKEN)
+    assert found[1].loss == pytest.approx(-sum(expected) / len(expected), abs=NATS_PER_TOKEN)

@@ -89,9 +89,28 @@ def test_a_full_model_is_loaded_with_its_own_tokenizer(tiny: TinyRun, tmp_path: 
         assert base_tokenizer.chat_template != "other"
 
 
-def test_full_models_are_loaded_one_at_a_time(tiny: TinyRun) -> None:
-    """The second takes the place of the first."""
-    variants = load(tiny, full={"one": tiny.merged, "two": tiny.merged})
+def test_full_models_stay_within_the_budget_and_the_least_lately_used_goes(tiny: TinyRun, tmp_path: Path) -> None:
+    """Two fit: the third takes the place of the one that was used before the other."""
+    paths = {name: shutil.copytree(tiny.merged, tmp_path / name) for name in ("one", "two", "three")}
+    size = sum(tensor.nbytes for tensor in load_file(tiny.merged / "model.safetensors").values())
+    variants = load(tiny, full=paths, memory_budget_bytes=2 * size)
+    assert variants.full_bytes == (0, 2 * size)
+    models = {}
+    for name in ("one", "two", "one", "three"):
+        with variants.active(name) as (model, _):
+            assert models.setdefault(name, model) is model, name
+    assert variants.full_bytes == (2 * size, 2 * size)
+    with variants.active("one") as (model, _):
+        assert model is models["one"]
+    with variants.active("two") as (model, _):
+        assert model is not models["two"]
+
+
+def test_a_full_model_over_the_budget_is_loaded_alone(tiny: TinyRun, tmp_path: Path) -> None:
+    """What is asked for is given: the others go, and the one before it too."""
+    variants = load(
+        tiny, full={"one": tiny.merged, "two": shutil.copytree(tiny.merged, tmp_path / "two")}, memory_budget_bytes=1
+    )
     with variants.active("one") as (one, _):
         pass
     with variants.active("one") as (again, _):
@@ -311,6 +330,23 @@ def test_an_adapter_whose_initialisation_changes_the_base_is_refused(
         load(tiny, adapters={"a": adapter})
 
 
+def test_an_adapter_that_repeats_the_bases_own_embedding_is_taken(tmp_path: Path) -> None:
+    """PEFT saves it beside an adapted one; written again with what it holds, it is the base's still."""
+    build_base(tmp_path / "base", tie_word_embeddings=False)
+    adapter = build_adapter(tmp_path / "base", tmp_path / "adapter", seed=1, target_modules=["embed_tokens", "q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    (own,) = [key for key in weights if key.endswith("embed_tokens.base_layer.weight")]
+    variants = VariantSet.load(tmp_path / "base", adapters={"a": adapter}, tokenizer_dir=tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(active_logits(variants, "base"), logits(model))
+    assert torch.equal(active_logits(variants, "a"), logits(peft_alone(model, adapter)))
+    weights[own][3, 3] += 0.5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UnsupportedAdapterError, match="changes weights of the base"):
+        VariantSet.load(tmp_path / "base", adapters={"a": adapter}, tokenizer_dir=tmp_path / "base")
+
+
 def test_an_adapter_with_biases_is_refused(tmp_path: Path) -> None:
     """PEFT trains the base's own biases, so base and adapter cannot both be in memory once."""
     build_base(tmp_path / "base", attention_bias=True)
@@ -353,7 +389,7 @@ def test_a_base_changed_behind_autograds_back_is_noticed(
     """Sabotage: were OLoRA's initialisation let through, the base would no longer be the base, and that shows."""
     adapter = shutil.copytree(tiny.adapters["final"], tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", init_lora_weights="olora")
-    monkeypatch.setattr("tunesmith.models.variants.PLAIN_INITS", ("olora",))
+    monkeypatch.setattr("tunesmith.models.loading.PLAIN_INITS", ("olora",))
     with pytest.raises(UnsupportedAdapterError, match="weights of the base itself"):
         load(tiny, adapters={"a": adapter})
 

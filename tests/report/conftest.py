@@ -9,9 +9,22 @@ from typing import TypedDict
 import pytest
 
 from tunesmith.adapter.records import AdapterFacts, Binding, LowRank, ModuleFacts
-from tunesmith.compare import Candidate, CheckpointChoice, Comparison, Estimate, Reply, Score, VariantInfo
+from tunesmith.compare import (
+    Candidate,
+    CheckpointChoice,
+    Comparison,
+    Estimate,
+    Evaluation,
+    Figure,
+    Measure,
+    Reply,
+    Score,
+    VariantInfo,
+)
+from tunesmith.compare.intervals import verdict as verdict_of
 from tunesmith.conversations import Conversation, Message
 from tunesmith.merge.records import Asset, Ingredient, Kept, Merged, MergePlan, Receipt, ShardPlan, TensorFidelity
+from tunesmith.models import Capabilities, GenerationSettings
 from tunesmith.record import Finding, Value
 from tunesmith.runs import LogRow, Overruled, Run, RunCheckpoint, RunFile, Setting
 from tunesmith.verify import BehaviourRow, Level, TensorVerdict, Verdict
@@ -321,9 +334,8 @@ def comparison() -> Comparison:
                 better_rows=40,
             ),
         ),
-        max_new_tokens=128,
-        greedy=True,
-        dtype="float32",
+        settings=GenerationSettings(max_new_tokens=128, greedy=True),
+        engine=Capabilities(kind="local", where="cpu", dtype="float32"),
     )
 
 
@@ -525,3 +537,144 @@ def choice() -> CheckpointChoice:
         rows=40,
         tokens=2_000,
     )
+
+
+def measured(
+    section: str,
+    name: str,
+    base: float,
+    value: float,
+    *,
+    unit: str,
+    better: bool | None,
+    half: float | None = 0.1,
+    about: str = "",
+    rows: int = 24,
+    variants: tuple[str, ...] = ("final",),
+) -> Measure:
+    """A measure of the base and of variants, whose differences have intervals of that half width."""
+
+    def around(middle: float) -> Estimate:
+        return Estimate(value=middle) if half is None else Estimate(value=middle, low=middle - half, high=middle + half)
+
+    change = around(value / base - 1 if unit == "perplexity" else value - base)
+    figures = [
+        Figure(variant=one, value=around(value), difference=change, verdict=verdict_of(change, better))
+        for one in variants
+    ]
+    return Measure.model_validate(
+        {
+            "section": section,
+            "name": name,
+            "about": about,
+            "unit": unit,
+            "higher_is_better": better,
+            "rows": rows,
+            "figures": [Figure(variant="base", value=around(base)), *figures],
+        }
+    )
+
+
+def of_itself(name: str, value: float, *, unit: str, variants: tuple[str, ...] = ("final",)) -> Measure:
+    """A measure that is itself a difference, so that none to the base is taken."""
+    figures = tuple(
+        Figure(variant=one, value=Estimate(value=value, low=value - 0.05, high=value + 0.05)) for one in variants
+    )
+    return Measure.model_validate(
+        {
+            "section": "memorisation",
+            "name": name,
+            "unit": unit,
+            "higher_is_better": None,
+            "rows": 20,
+            "figures": figures,
+        }
+    )
+
+
+def evaluation_of(variants: tuple[str, ...] = ("final",)) -> Evaluation:
+    """An evaluation that helped, forgot some Chinese, is cut more often, and knows one training answer by heart."""
+    named = {"variants": variants}
+    measures = (
+        measured("effect", "loss", 2.514, 1.203, unit="nats", better=False, **named),
+        measured("effect", "perplexity", 12.35, 3.33, unit="perplexity", better=False, **named),
+        measured("effect", "bleu", 8.4, 8.45, unit="points", better=True, half=2.0, rows=6, **named),
+        measured("effect", "length", 1.9, 1.1, unit="ratio", better=None, rows=6, **named),
+        measured("effect", "judges:polite", 0.2, 0.25, unit="score", better=True, half=None, rows=6, **named),
+        measured("damage", "general_loss", 2.9, 2.895, unit="nats", better=False, about="en", **named),
+        measured("damage", "general_loss", 3.1, 3.402, unit="nats", better=False, about="zh", **named),
+        of_itself("overfit_gap", 0.21, unit="nats", variants=variants).model_copy(
+            update={"section": "damage", "name": "general_kl", "about": "zh"}
+        ),
+        measured("damage", "cut", 0.05, 0.35, unit="share", better=False, rows=60, **named),
+        of_itself("verbatim_trained", 0.1, unit="share", variants=variants),
+        of_itself("overfit_gap", 0.42, unit="nats", variants=variants),
+    )
+    told = {"name": variants[-1], "rows": 24, "low": -1.411, "high": -1.211}
+    findings = (
+        Finding(
+            code="evaluation_forgot",
+            severity="warning",
+            params={**told, "about": "zh", "value": 3.402, "base": 3.1, "low": 0.202, "high": 0.402},
+        ),
+        Finding(
+            code="evaluation_more_cut",
+            severity="warning",
+            params={**told, "rows": 60, "value": 0.35, "base": 0.05, "low": 0.2, "high": 0.4},
+        ),
+        Finding(code="engine_rounds", severity="info", params={"dtype": "bfloat16"}),
+        Finding(
+            code="evaluation_helped",
+            severity="ok",
+            params={**told, "loss": 1.203, "base_loss": 2.514, "difference": -1.311},
+        ),
+        Finding(code="evaluation_not_memorised", severity="ok", params={**told, "rows": 20, "share": 0.1}),
+    )
+    prompts = (
+        *conversations()[:2],
+        Conversation(id="general-zh-01", messages=(Message(role="user", content="天空为什么是蓝色的？"),)),
+        Conversation(id="general-en-01", messages=(Message(role="user", content="Why is the sky blue?"),)),
+        Conversation(
+            id="trained-7",
+            messages=(
+                Message(role="user", content="Who are you?"),
+                Message(role="assistant", content="Tess the tuner."),
+            ),
+        ),
+    )
+    texts = {"general-zh-01": "因为散射", "general-en-01": "It scatters.", "trained-7": "Tess  the tuner."}
+    replies = tuple(
+        Reply(
+            prompt_id=prompt.id,
+            variant=one,
+            text="I do not know." if one == "base" else texts.get(prompt.id, "Finding: none."),
+            tokens=12,
+            stop_reason="length" if prompt.id == "general-zh-01" and one != "base" else "eos",
+        )
+        for prompt in prompts
+        for one in ("base", *variants)
+    )
+    return Evaluation(
+        run="security007",
+        variants=tuple(
+            VariantInfo(name=one, kind="base" if one == "base" else "adapter", path=f"/models/{one}")
+            for one in ("base", *variants)
+        ),
+        rows=24,
+        rows_from="held_out",
+        answered=2,
+        measures=measures,
+        prompts=prompts,
+        replies=replies,
+        findings=findings,
+        comparisons=len(variants),
+        differences=8 * len(variants),
+        settings=GenerationSettings(greedy=True, max_new_tokens=64),
+        engine=Capabilities(kind="local", where="cpu", dtype="bfloat16"),
+    )
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    """See :func:`evaluation_of`."""
+    return evaluation_of()

@@ -322,6 +322,65 @@ def test_a_cut_reply_is_marked_and_its_remedy_named(parts: Parts) -> None:
     assert "--max-new-tokens 256" in document
 
 
+def articles(document: str) -> list[str]:
+    """The questions of a page, each with its replies."""
+    outputs = document.split('<section id="outputs">')[1].split('<section id="run">')[0]
+    return outputs.split("<article")[1:]
+
+
+def test_a_reply_that_was_cut_bears_a_bar_and_nothing_after_its_end_is_marked(parts: Parts) -> None:
+    """What the other side says after that is no difference: nobody knows how the cut one would have gone on."""
+    comparison = parts["comparison"]
+    assert comparison is not None
+    texts = {"base": "Close the form now and then", "final": "Close the form now and keep it closed."}
+    replies = tuple(
+        reply.model_copy(update={"text": texts[reply.variant], "stop_reason": "eos"})
+        for reply in comparison.replies[:2]
+    )
+    cut = (replies[0].model_copy(update={"stop_reason": "length"}), replies[1])
+    for shown, barred in ((replies, False), (cut, True)):
+        document = render_report(**{**parts, "comparison": comparison.model_copy(update={"replies": shown})})
+        first = articles(document)[0]
+        assert ("column-cut" in first) == barred
+        assert ("<ins>" in first) != barred
+        assert (prose(text("outputs.cut", "zh", twice=256)) in first) == barred
+
+
+def test_a_reply_that_a_stop_text_ended_is_no_warning(parts: Parts) -> None:
+    """It ended where it was told to; only what was cut or stopped by hand is amber."""
+    comparison = parts["comparison"]
+    assert comparison is not None
+    replies = tuple(reply.model_copy(update={"stop_reason": "stop"}) for reply in comparison.replies)
+    first = articles(render_report(**{**parts, "comparison": comparison.model_copy(update={"replies": replies})}))[0]
+    assert "ended by a stop text" in first
+    assert "遇到停止文本而结束" in first
+    assert "#i-warn" not in first
+
+
+def test_replies_bear_their_marks_and_filters_count_the_questions(parts: Parts) -> None:
+    """The same text is not different, a reply further from the expected answer is worse, and all can be picked out."""
+    comparison = parts["comparison"]
+    assert comparison is not None
+    expected = [
+        prompt.model_copy(update={"messages": (*prompt.prompt, Message(role="assistant", content=reply.text))})
+        for prompt, reply in zip(comparison.prompts, comparison.replies[::2], strict=True)
+    ]
+    same_as_base = comparison.model_copy(update={"prompts": tuple(expected)})
+    document = render_report(**{**parts, "comparison": same_as_base})
+    marks = [re.findall(r'data-marks="([^"]*)"', article) for article in articles(document)]
+    assert marks[0] == ["different regressed"]
+    assert marks[2] == ["different truncated regressed"]
+    assert marks[3] == []
+    assert text("mark.regressed") in articles(document)[0]
+    bar = document.split('<div class="filters"')[1].split("</div>")[0]
+    assert bar.startswith(' role="group" hidden>')
+    for shown in ("all (5)", "different (4)", "cut off (1)", "worse (4)", "被截断（1）"):
+        assert shown in bar, shown
+    alike = tuple(reply.model_copy(update={"text": "Yes.", "stop_reason": "eos"}) for reply in comparison.replies)
+    calm = render_report(**{**parts, "comparison": comparison.model_copy(update={"replies": alike})})
+    assert '<div class="filters"' not in calm
+
+
 def test_hostile_text_is_shown_and_never_obeyed(parts: Parts) -> None:
     """Markup, terminal escapes, bidirectional overrides and NULs lose their power wherever they come from."""
     document = render_report(**hostile(parts))

@@ -12,7 +12,7 @@ import pytest
 from tunesmith.report import write_report
 from tunesmith.verify import Verdict
 
-from .conftest import Parts
+from .conftest import Parts, evaluation_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -62,7 +62,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def report(parts: Parts, bad_verdict: Verdict, tmp_path: Path) -> Path:
     """A complete report of a failed verification: every kind of row is in it."""
-    return write_report(tmp_path / "report.html", **{**parts, "verdict": bad_verdict})
+    evaluation = evaluation_of(("checkpoint-100", "final"))
+    return write_report(tmp_path / "report.html", **{**parts, "verdict": bad_verdict}, evaluation=evaluation)
 
 
 def open_page(browser: Browser, url: str, *, width: int = 1280, locale: str = "en-US", scripts: bool = True) -> Page:
@@ -133,12 +134,31 @@ def test_the_theme_switch_turns_the_page_dark_and_back(browser: Browser, report:
     assert page.evaluate(ground) == light
 
 
+def test_a_filter_shows_the_questions_that_bear_a_mark_and_all_shows_all(browser: Browser, report: Path) -> None:
+    """Also those behind the fold, which closes again; a filter that finds none there hides the fold."""
+    page = open_page(browser, f"{report.as_uri()}?lang=en")
+    shown = page.locator("#outputs article:visible")
+    at_first = shown.count()
+    page.click("[data-filter=truncated]")
+    assert shown.count() == 1
+    assert "row-2" in shown.inner_text()
+    assert not page.locator("#outputs details.fold").is_visible()
+    page.click("[data-filter=different]")
+    assert shown.count() == 4
+    assert page.get_attribute("[data-filter=different]", "aria-pressed") == "true"
+    page.click("[data-filter='']")
+    assert shown.count() == at_first == 3
+    assert page.locator("#outputs details.fold").is_visible()
+
+
 def test_without_scripts_the_report_is_english_and_complete(browser: Browser, report: Path) -> None:
     """Some mail clients and archives run none."""
     page = open_page(browser, report.as_uri(), locale="zh-CN", scripts=False)
     assert page.locator("#verdict h2 [lang=en]").is_visible()
     assert not page.locator("#verdict h2 [lang=zh-Hans]").is_visible()
     assert not page.locator(".switches").is_visible()
+    assert not page.locator(".filters").is_visible()
+    assert page.locator("#outputs article:visible").count() == 3
 
 
 def test_paper_shows_the_folded_parts_and_no_switches(browser: Browser, report: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith.adapter import LowRank
 from tunesmith.allocator import give_memory_back
-from tunesmith.api.comparing import compute_dtype
+from tunesmith.api.engines import compute_dtype
 from tunesmith.checkpoint import sha256_of
 from tunesmith.conversations import read_conversations
 from tunesmith.errors import BaseModelError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter
 from tunesmith.checkpoint import locate_base, write_error
+from tunesmith.compare import built_in_set
 from tunesmith.conversations import Conversation, read_conversations
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.progress import ProgressCallback, no_progress
@@ -41,14 +42,12 @@ def base_of(
     return name, locate_base(name, relative_to=Path(run.path).parent, fetch=fetch, progress=progress)
 
 
-def held_out_rows(run: Run) -> list[Conversation]:
-    """The rows that a run keeps from its training; none where it keeps none."""
-    return read_conversations(Path(run.path) / run.held_out) if run.held_out else []
-
-
 def rows_of(prompts: Prompts) -> list[Conversation]:
-    """Conversations as they are given, or of a file."""
-    return list(prompts) if not isinstance(prompts, str | os.PathLike) else read_conversations(prompts)
+    """Conversations as they are given, of a file, or of a built-in set."""
+    if not isinstance(prompts, str | os.PathLike):
+        return list(prompts)
+    built_in = built_in_set(os.fspath(prompts)) if not Path(prompts).exists() else None
+    return list(built_in) if built_in is not None else read_conversations(prompts)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from tunesmith.api.comparing import compare
 from tunesmith.api.inspecting import inspect
 from tunesmith.api.places import StrPath, output_file, writing
 from tunesmith.api.verifying import verify
-from tunesmith.compare import CheckpointChoice, Comparison
+from tunesmith.compare import CheckpointChoice, Comparison, Evaluation
 from tunesmith.merge import Merged
 from tunesmith.models import BASE
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -26,6 +26,7 @@ class Report(Record):
         adapter: the described adapter; None where it cannot be read.
         choice: which checkpoint to take, where that was asked.
         comparison: variants side by side.
+        evaluation: what the tuning did, where that was asked.
         merged: the merge, where its record was at hand.
         verdict: the verification, where there is a merged model.
     """
@@ -35,6 +36,7 @@ class Report(Record):
     adapter: AdapterFacts | None
     choice: CheckpointChoice | None = None
     comparison: Comparison
+    evaluation: Evaluation | None = None
     merged: Merged | None
     verdict: Verdict | None
 
@@ -48,6 +50,7 @@ def report(
     checkpoint: str | int = FINAL,
     choice: CheckpointChoice | StrPath | None = None,
     comparison: Comparison | StrPath | None = None,
+    evaluation: Evaluation | StrPath | None = None,
     verdict: Verdict | StrPath | None = None,
     merge_record: StrPath | None = None,
     dtype: str = "auto",
@@ -64,6 +67,7 @@ def report(
         checkpoint: which adapter it is about.
         choice: what :func:`checkpoints` returned, or a file of it; None to leave it out.
         comparison: what :func:`compare` returned, or a file of it; None to compare now.
+        evaluation: what :func:`evaluate` returned, or a file of it; None to leave it out.
         verdict: what :func:`verify` returned, or a file of it; None to verify now, where ``merged`` is given.
         merge_record: a file of what :func:`merge` returned, for the merge's own figures.
         dtype: of the comparison's arithmetic, where it is made now.
@@ -84,6 +88,8 @@ def report(
         choice = CheckpointChoice.read(choice)
     if comparison is not None and not isinstance(comparison, Comparison):
         comparison = Comparison.read(comparison)
+    if evaluation is not None and not isinstance(evaluation, Evaluation):
+        evaluation = Evaluation.read(evaluation)
     if verdict is not None and not isinstance(verdict, Verdict):
         verdict = Verdict.read(verdict)
     if verdict is None and merged is not None:
@@ -105,6 +111,7 @@ def report(
         adapter=inspection.adapter,
         choice=choice,
         comparison=comparison,
+        evaluation=evaluation,
         merged=merged if isinstance(merged, Merged) else None,
         verdict=verdict,
     )
@@ -117,6 +124,7 @@ def report(
             health=inspection.health,
             choice=choice,
             comparison=comparison,
+            evaluation=evaluation,
             merged=result.merged,
             verdict=verdict,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunesmith.api.comparing import compute_dtype
+from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import StrPath
 from tunesmith.checkpoint import locate_base, weights_sha256
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
-from tunesmith.api.comparing import compute_dtype
-from tunesmith.api.places import Prompts, StrPath, base_of, held_out_rows, rows_of
+from tunesmith.api.engines import compute_dtype
+from tunesmith.api.places import Prompts, StrPath, base_of, rows_of
 from tunesmith.checkpoint import view_of
 from tunesmith.errors import CheckpointError, DataError
 from tunesmith.merge import Merged
 from tunesmith.models import dtype_name
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.report import finding_text, text
-from tunesmith.runs import FINAL, Run, as_run, checkpoint_of
+from tunesmith.runs import FINAL, Run, as_run, checkpoint_of, held_out_rows
 from tunesmith.verify import LEVELS, Recheck, Verdict
 from tunesmith.verify import recheck as recheck_directory
 from tunesmith.verify import verify as verify_merged

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith.cli import chat, checkpoints, compare, demo, doctor, inspect, merge, report, train, verify
+from tunesmith.cli import chat, checkpoints, compare, demo, doctor, evaluate, inspect, merge, report, train, verify
 
 # What a user can mend, wherever it strikes; any other OSError that escapes is our bug.
 _OUTSIDE = {
@@ -71,6 +71,7 @@ app.command()(train.train)
 app.command()(inspect.inspect)
 app.command()(chat.chat)
 app.command()(compare.compare)
+app.command()(evaluate.evaluate)
 app.command()(checkpoints.checkpoints)
 app.command()(merge.merge)
 app.command()(verify.verify)
@@ -125,7 +126,7 @@ def _fail(error: Exception) -> NoReturn:
     from tunesmith.errors import Cancelled, TunesmithError
 
     if isinstance(error, Cancelled):
-        _stopped()
+        _stopped(str(error))
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
         error = TunesmithError(_OUTSIDE[error.errno], where=error.filename, found=error.strerror)
     if not isinstance(error, TunesmithError):
@@ -149,6 +150,6 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _stopped() -> NoReturn:
-    print("Stopped.", file=sys.stderr)  # noqa: T201 - the one line that needs no console
+def _stopped(kept: str = "") -> NoReturn:
+    print(f"Stopped. {kept}".rstrip(), file=sys.stderr)  # noqa: T201 - the one line that needs no console
     sys.exit(130)

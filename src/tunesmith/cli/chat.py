@@ -6,15 +6,27 @@ import io
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, DtypeOption, RunArgument
-from tunesmith.cli.output import console, print_json, progress_bar
+from tunesmith.cli.options import (
+    BaseOption,
+    DtypeOption,
+    EndpointOption,
+    MaxNewTokensOption,
+    MinPOption,
+    RepetitionPenaltyOption,
+    RunArgument,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
+from tunesmith.cli.output import console, print_json, progress_bar, stoppable
 
 if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
@@ -25,19 +37,35 @@ def chat(
     base: BaseOption = None,
     checkpoint: Annotated[
         str,
-        typer.Option("--checkpoint", metavar="NAME", help="final, checkpoint-N, N, or none for the base model."),
+        typer.Option(
+            "--checkpoint",
+            metavar="NAME",
+            help="final, checkpoint-N, N, none for the base model, or the directory of an adapter or a merged model.",
+        ),
     ] = "final",
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once and exit.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Go on from the text as it is, without the chat template.")
+    ] = False,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")] = 1024,
+    max_new_tokens: MaxNewTokensOption = 1024,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of the sampling.")] = 0.9,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.9,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    stop: StopOption = None,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
+    endpoint: EndpointOption = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The model of that server.")] = None,
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Also show what the model is really given, and its token ids.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a reply, on one line.")] = False,
 ) -> None:
-    """Talk to the tuned model, a checkpoint, or the base model.
+    """Talk to the tuned model, a checkpoint, a merged model, or the base model.
 
     Reads questions from standard input where that is a pipe. Ctrl-C stops a reply; twice, or an empty line, ends.
 
@@ -45,16 +73,31 @@ def chat(
     """
     for given in (prompt, system):
         _require_text(given or "")
-    name = "base" if checkpoint == "none" else checkpoint
     settings = ts.GenerationSettings(
-        max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, seed=seed
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
     )
+    name = "base" if checkpoint == "none" else checkpoint
+    models = (model,) if model is not None else ()
     with progress_bar() as progress:
-        variants, infos = ts.load_variants(run, (name,), base=base, dtype=dtype, progress=progress)
+        engine, infos = ts.load_engine(
+            run, (name,), base=base, dtype=dtype, endpoint=endpoint, models=models, progress=progress
+        )
+    talk = _Talk(engine, infos[0].name, settings, as_json=as_json, show_prompt=show_prompt)
     history = [ts.Message(role="system", content=system)] if system else []
     for question in _questions(prompt, infos[0].name):
+        if plain:
+            talk.ask(question, question)
+            continue
         history.append(ts.Message(role="user", content=question))
-        reply = _reply(variants, infos[0].name, history, settings, as_json=as_json)
+        reply = talk.ask(question, tuple(history))
         history.append(ts.Message(role="assistant", content=reply.text))
 
 
@@ -112,56 +155,60 @@ def _prompted(screen: Screen) -> str:
     return input()
 
 
-def _reply(
-    variants: ts.VariantSet, name: str, history: list[ts.Message], settings: ts.GenerationSettings, *, as_json: bool
-) -> ts.Generation:
-    from tunesmith.cli.screen import clean
+class _Talk:
+    """One variant that is asked one thing after another."""
 
-    def show(_row: int, text: str) -> None:
-        sys.stdout.write(clean(text))
-        sys.stdout.flush()
+    def __init__(
+        self, engine: ts.Engine, name: str, settings: ts.GenerationSettings, *, as_json: bool, show_prompt: bool
+    ) -> None:
+        self._engine, self._name, self._settings = engine, name, settings
+        self._as_json, self._show_prompt = as_json, show_prompt
 
-    with _stoppable() as cancellation:
-        reply = ts.generate(
-            variants, name, [history], settings, on_text=None if as_json else show, cancellation=cancellation
-        )[0]
-    if as_json:
-        print_json(_turn(name, history[-1].content, reply), indent=None)
+    def ask(self, question: str, prompt: tuple[ts.Message, ...] | str) -> ts.Generation:
+        """Ask, and show the answer as it comes."""
+        from tunesmith.cli.screen import clean
+
+        def show(_row: int, text: str) -> None:
+            sys.stdout.write(clean(text))
+            sys.stdout.flush()
+
+        rendered = ts.rendered_prompt(self._engine, self._name, prompt) if self._show_prompt else None
+        if rendered is not None and not self._as_json:
+            console(stderr=True).say(f"{rendered.text}\n{list(rendered.token_ids)}", style="dim")
+        with stoppable(signal.SIGINT) as cancellation:
+            reply = self._engine.generate(
+                [ts.Request(self._name, prompt)],
+                self._settings,
+                on_text=None if self._as_json else show,
+                cancellation=cancellation,
+            )[0]
+        if self._as_json:
+            print_json(_turn(self._name, question, reply, rendered), indent=None)
+        else:
+            show(0, "\n")
+            console(stderr=True).say(self._note(reply), style="dim")
         return reply
-    show(0, "\n")
-    reason = ts.text(f"stop.{reply.stop_reason}")
-    speed = f", {reply.tokens_per_s:.1f} tokens/s" if reply.tokens_per_s else ""
-    note = f"[{reason}; {len(reply.token_ids)} tokens{speed}]"
-    if reply.stop_reason == "length":
-        note += f" For the rest, raise --max-new-tokens (now {settings.max_new_tokens})."
-    console(stderr=True).say(note, style="dim")
-    return reply
+
+    def _note(self, reply: ts.Generation) -> str:
+        speed = f", {reply.tokens_per_s:.1f} tokens/s" if reply.tokens_per_s else ""
+        first = f", first after {reply.time_to_first_token_s:.2f} s" if reply.time_to_first_token_s else ""
+        note = f"[{ts.text(f'stop.{reply.stop_reason}')}; {reply.tokens} tokens{speed}{first}]"
+        if reply.stop_reason == "length":
+            note += f" For the rest, raise --max-new-tokens (now {self._settings.max_new_tokens})."
+        return note
 
 
-def _turn(name: str, question: str, reply: ts.Generation) -> ts.ChatTurn:
+def _turn(name: str, question: str, reply: ts.Generation, rendered: ts.RenderedPrompt | None) -> ts.ChatTurn:
     return ts.ChatTurn(
         variant=name,
         question=question,
         text=reply.text,
-        tokens=len(reply.token_ids),
+        tokens=reply.tokens,
+        prompt_tokens=reply.prompt_tokens,
         stop_reason=reply.stop_reason,
         seconds=reply.seconds,
+        time_to_first_token_s=reply.time_to_first_token_s,
         tokens_per_s=reply.tokens_per_s,
+        prompt=rendered.text if rendered else None,
+        prompt_token_ids=rendered.token_ids if rendered else None,
     )
-
-
-@contextmanager
-def _stoppable() -> Iterator[ts.Cancellation]:
-    """Ctrl-C stops the reply that is being written; a second one ends the program."""
-    cancellation = ts.Cancellation()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if cancellation.requested:
-            raise KeyboardInterrupt
-        cancellation.cancel()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield cancellation
-    finally:
-        signal.signal(signal.SIGINT, before)

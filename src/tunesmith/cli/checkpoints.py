@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, DtypeOption, JsonOption, RunArgument
-from tunesmith.cli.output import command, console, print_json, progress_bar
+from tunesmith.cli.options import BaseOption, DtypeOption, FreshOption, JsonOption, RecordsOption, RunArgument
+from tunesmith.cli.output import command, console, print_json, progress_bar, stoppable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,13 +42,17 @@ def checkpoints(
     ] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of every answer, in tokens.")] = 256,
     dtype: DtypeOption = "auto",
+    records: RecordsOption = None,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score the base and every checkpoint on held-out rows, and say which one to take, and why.
 
+    Ctrl-C stops; what is done is kept, and the same command goes on from there.
+
     Example: tunesmith checkpoints out/security --data held-out.jsonl
     """
-    with progress_bar() as progress:
+    with progress_bar() as progress, stoppable() as cancellation:
         choice = ts.checkpoints(
             run,
             data,
@@ -57,7 +61,10 @@ def checkpoints(
             answers=answers,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
+            records=records,
+            fresh=fresh,
             progress=progress,
+            cancellation=cancellation,
         )
     if as_json:
         print_json(choice)

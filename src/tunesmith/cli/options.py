@@ -58,6 +58,44 @@ CertificateOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Of the sampling; 0 is greedy.")]
+TopPOption = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Draw from the fewest tokens that hold this probability.")
+]
+TopKOption = Annotated[int, typer.Option(min=0, help="Draw from this many most likely tokens; 0 for all.")]
+MinPOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from tokens at least so likely, as a share of the likeliest.")
+]
+RepetitionPenaltyOption = Annotated[
+    float, typer.Option(min=0.01, help="Makes tokens that occurred less likely; 1 does nothing.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="A text that ends a reply. Repeat for several.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random numbers.")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Ask an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) instead of loading models. "
+        "OPENAI_API_KEY is honoured.",
+    ),
+]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="[NAME=]MODEL", help="A model of that server. Repeat for several variants."),
+]
+RecordsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--records",
+        metavar="DIR",
+        help="Where answers are kept, so that the same command goes on where it stopped. Default: the user's cache.",
+    ),
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute everything again, whatever is kept.")]
 
 
 def weighted_run(text: str | Path) -> tuple[Path, float]:

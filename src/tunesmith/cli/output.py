@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import tunesmith as ts
@@ -90,6 +92,28 @@ def progress_bar() -> Iterator[ProgressCallback]:
             bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=clean(event.detail)[:40])
 
         yield show
+
+
+@contextmanager
+def stoppable(*signals: signal.Signals) -> Iterator[ts.Cancellation]:
+    """Have signals ask the work within to stop at its next step; a second one ends the program.
+
+    Args:
+        signals: which; none for Ctrl-C and SIGTERM.
+    """
+    cancellation = ts.Cancellation()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        if cancellation.requested:
+            raise KeyboardInterrupt
+        cancellation.cancel()
+
+    before = {number: signal.signal(number, stop) for number in signals or (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield cancellation
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bars(screen: Screen) -> Bars:

@@ -25,6 +25,9 @@ def report(
         Path | None,
         typer.Option("--comparison", metavar="FILE.json", help="What compare --out wrote. Default: compare now."),
     ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", metavar="FILE.json", help="What evaluate --out wrote.")
+    ] = None,
     verdict: Annotated[
         Path | None,
         typer.Option("--verdict", metavar="FILE.json", help="What verify --out wrote. Default: verify now, given DIR."),
@@ -48,6 +51,7 @@ def report(
             checkpoint=checkpoint,
             choice=choice,
             comparison=comparison,
+            evaluation=evaluation,
             verdict=verdict,
             merge_record=merge_record,
             dtype=dtype,

@@ -8,27 +8,48 @@ from tunesmith.compare.choice import (
     saved_adapters,
 )
 from tunesmith.compare.diff import Segment, similarity, word_diff
+from tunesmith.compare.evaluation import evaluate
+from tunesmith.compare.evaluation_records import Evaluation, Figure, Measure
+from tunesmith.compare.general import built_in_set
+from tunesmith.compare.intervals import Estimate
 from tunesmith.compare.markdown import to_markdown
-from tunesmith.compare.records import Comparison, Reply, Score, VariantInfo
-from tunesmith.compare.run import compare, mean_interval, summarize
-from tunesmith.compare.selection import Estimate
+from tunesmith.compare.marks import MARKS, Marks, filtered, marks_of
+from tunesmith.compare.metrics import load_scorer
+from tunesmith.compare.records import Comparison, Reply, RowLoss, Score, VariantInfo
+from tunesmith.compare.run import compare, summarize
+from tunesmith.compare.table import to_csv
+from tunesmith.compare.votes import BlindVote, VoteFile, Voting
 
 __all__ = [
+    "MARKS",
+    "BlindVote",
     "Candidate",
     "CheckpointChoice",
     "Comparison",
     "Estimate",
+    "Evaluation",
+    "Figure",
+    "Marks",
+    "Measure",
     "Reply",
+    "RowLoss",
     "Score",
     "Segment",
     "VariantInfo",
+    "VoteFile",
+    "Voting",
+    "built_in_set",
     "choose_checkpoint",
     "choose_from_record",
     "compare",
-    "mean_interval",
+    "evaluate",
+    "filtered",
+    "load_scorer",
+    "marks_of",
     "saved_adapters",
     "similarity",
     "summarize",
+    "to_csv",
     "to_markdown",
     "word_diff",
 ]

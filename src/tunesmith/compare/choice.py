@@ -8,23 +8,22 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tunesmith.adapter import Adapter, distance
+from tunesmith.compare.intervals import CONFIDENCE, Estimate
 from tunesmith.compare.run import part_of
-from tunesmith.compare.selection import CONFIDENCE, Estimate, Selection, select
-from tunesmith.conversations import Conversation, read_conversations
-from tunesmith.errors import AdapterError, CheckpointError, DataError
-from tunesmith.models import BASE, Generation, GenerationSettings, RowScore, VariantSet, generate, score
+from tunesmith.compare.selection import Selection, select
+from tunesmith.conversations import Conversation
+from tunesmith.errors import AdapterError, CheckpointError
+from tunesmith.models import BASE, Engine, Generation, GenerationSettings, Request, RowScore, VariantSet
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding, Part, Record, Value, gravest_first
-from tunesmith.runs import Run, RunCheckpoint
+from tunesmith.runs import Run, RunCheckpoint, training_file, training_rows
 
 RowsFrom = Literal["held_out", "given", "none"]
 
 _TAIL_BYTES = 1 << 12
-_TRAINING_FILE_BYTES = 64 << 20
 _LENGTHS_DIFFER = 0.1  # a share below which nobody would notice
 
 
@@ -193,6 +192,7 @@ def _readable(checkpoints: Sequence[RunCheckpoint]) -> tuple[dict[str, Adapter],
 
 
 def choose_checkpoint(
+    engine: Engine,
     variants: VariantSet,
     saved: SavedAdapters,
     rows: Sequence[Conversation],
@@ -207,6 +207,7 @@ def choose_checkpoint(
     """Score the base and every different checkpoint, and name the one to take.
 
     Args:
+        engine: who answers and scores for the variants.
         variants: the base; the adapters come and go, one at a time.
         saved: the run's checkpoints.
         rows: at least one, all with answers; training should not have seen them, and a finding says what is known of
@@ -225,12 +226,12 @@ def choose_checkpoint(
         Cancelled: somebody asked to stop.
     """
     cancellation = cancellation or Cancellation()
-    scores = _scores(variants, saved, rows, progress=progress, cancellation=cancellation)
+    scores = _scores(engine, variants, saved, rows, progress=progress, cancellation=cancellation)
     selection = select(scores)
     named = dict.fromkeys(filter(None, (selection.recommended, selection.best, selection.last)))
     settings = GenerationSettings(greedy=True, max_new_tokens=max_new_tokens)
     asked = rows[:answers] if selection.recommended else []
-    lengths = _answers(variants, saved, named, asked, settings, progress=progress, cancellation=cancellation)
+    lengths = _answers(engine, variants, saved, named, asked, settings, progress=progress, cancellation=cancellation)
     candidates = _with_figures(saved, selection, lengths)
     draft = CheckpointChoice(
         run=run.name,
@@ -328,6 +329,7 @@ def _active(variants: VariantSet, saved: SavedAdapters, name: str) -> Iterator[N
 
 
 def _scores(
+    engine: Engine,
     variants: VariantSet,
     saved: SavedAdapters,
     rows: Sequence[Conversation],
@@ -336,16 +338,17 @@ def _scores(
     cancellation: Cancellation,
 ) -> dict[str, list[RowScore]]:
     names = [BASE, *(one.name for one in saved.different)]
-    scores = {}
+    scores: dict[str, list[RowScore]] = {}
     for place, name in enumerate(names):
         cancellation.check()
         with _active(variants, saved, name):
             told = part_of(progress, place, len(names))
-            scores[name] = score(variants, name, rows, progress=told, cancellation=cancellation)
+            scores |= engine.score([name], rows, progress=told, cancellation=cancellation)
     return scores
 
 
 def _answers(
+    engine: Engine,
     variants: VariantSet,
     saved: SavedAdapters,
     names: Iterable[str],
@@ -360,10 +363,8 @@ def _answers(
     answers = {}
     for place, name in enumerate(names):
         with _active(variants, saved, name):
-            answers[name] = generate(
-                variants,
-                name,
-                [row.prompt for row in rows],
+            answers[name] = engine.generate(
+                [Request(name, row.prompt) for row in rows],
                 settings,
                 progress=part_of(progress, place, len(names)),
                 cancellation=cancellation,
@@ -374,14 +375,10 @@ def _answers(
 
 def _seen_in_training(run: Run, rows: Sequence[Conversation]) -> Finding:
     """Whether training saw these rows, as far as the run can tell."""
-    dataset = run.hyperparameters.get("dataset")
-    file = Path(run.path, dataset) if isinstance(dataset, str) else None
-    try:
-        if file is None or not file.is_file() or file.stat().st_size > _TRAINING_FILE_BYTES:
-            return Finding(code="choice_rows_unchecked", severity="info")
-        trained_on = {row.messages for row in read_conversations(file)}
-    except (DataError, OSError, ValueError):
+    file, learned = training_file(run), training_rows(run)
+    if file is None or learned is None:
         return Finding(code="choice_rows_unchecked", severity="info")
+    trained_on = {row.messages for row in learned}
     seen = sum(row.messages in trained_on for row in rows)
     if not seen:
         return Finding(code="choice_rows_unseen", severity="ok", params={"file": file.name})

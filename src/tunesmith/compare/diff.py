@@ -11,10 +11,8 @@ from typing import Literal
 from tunesmith.record import Part
 
 # Han, kana, hangul and their marks are written without spaces between words.
-_CJK = (
-    "\u2e80-\u30ff\u3100-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"(\s*)([{_CJK}]|[^\W{_CJK}]+|[^\w\s])")
+CJK = "\u2e80-\u30ff\u3100-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(rf"(\s*)([{CJK}]|[^\W{CJK}]+|[^\w\s])")
 # difflib finds the blocks that people see, but takes a step for every pair of equal words, again for every block.
 # Below these limits that is some tens of milliseconds at worst.
 _DIFFLIB_PAIRS = 20_000
@@ -116,10 +114,10 @@ def _pairs(left: Sequence[str], right: Sequence[str]) -> Iterator[tuple[int, int
         for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
             yield from ((block.a + k, block.b + k) for k in range(block.size))
     else:
-        yield from _longest_common_subsequence(left, right)
+        yield from longest_common_subsequence(left, right)
 
 
-def _longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
+def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
     """The most word pairs that two texts can share in order.
 
     Bit-parallel: row i's bit j is clear where one more word is shared once ``right[j]`` may be used, so a row is four

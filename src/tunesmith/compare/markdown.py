@@ -7,7 +7,12 @@ import re
 from tunesmith.compare.records import Comparison, Reply, Score
 from tunesmith.conversations import Conversation
 
-_STOPPED = {"eos": "ended by itself", "length": "cut at the limit", "cancelled": "cancelled"}
+_STOPPED = {
+    "eos": "ended by itself",
+    "length": "cut at the limit",
+    "stop": "ended by a stop text",
+    "cancelled": "cancelled",
+}
 _MEANS_SOMETHING = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 
 
@@ -22,10 +27,11 @@ def to_markdown(comparison: Comparison) -> str:
     Returns:
         The document, with one final newline.
     """
-    how = "greedy" if comparison.greedy else "sampled"
+    how = "sampled" if comparison.settings.samples else "greedy"
+    where = f"computed in {comparison.engine.dtype}" if comparison.engine.dtype else f"by {comparison.engine.where}"
     parts = [
-        f"# {_escape(comparison.run)}: {', '.join(_escape(info.name) for info in comparison.variants)}",
-        f"Replies: {how}, at most {comparison.max_new_tokens} tokens, computed in {comparison.dtype}.",
+        f"# {escaped(comparison.run)}: {', '.join(escaped(info.name) for info in comparison.variants)}",
+        f"Replies: {how}, at most {comparison.settings.max_new_tokens} tokens, {where}.",
     ]
     if comparison.scores:
         parts += ["## Held-out answers", *_scores(comparison.scores)]
@@ -41,7 +47,7 @@ def _scores(scores: tuple[Score, ...]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | :---: | ---: |",
         *(_score_line(score) for score in scores),
     ]
-    note = "Less is better. The difference is the mean over rows, paired with the base; the interval is Student's t."
+    note = "Less is better. The difference is paired with the base; rows are what was drawn, so the interval is theirs."
     return ["\n".join(lines), note]
 
 
@@ -50,7 +56,7 @@ def _score_line(score: Score) -> str:
     if score.difference_low is not None and score.difference_high is not None:
         interval = f"{score.difference_low:+.4f} … {score.difference_high:+.4f}"
     cells = [
-        _escape(score.variant),
+        escaped(score.variant),
         str(score.rows),
         str(score.tokens),
         f"{score.loss:.4f}",
@@ -62,14 +68,14 @@ def _score_line(score: Score) -> str:
 
 
 def _prompt(comparison: Comparison, prompt: Conversation) -> list[str]:
-    parts = [f"### {_escape(prompt.id)}"]
+    parts = [f"### {escaped(prompt.id)}"]
     for turn in prompt.prompt:
-        parts += [f"**{_escape(turn.role)}**", _fence(turn.content)]
+        parts += [f"**{escaped(turn.role)}**", _fence(turn.content)]
     if prompt.answer is not None:
         parts += ["**expected**", _fence(prompt.answer)]
     for info in comparison.variants:
         reply = comparison.reply(prompt.id, info.name)
-        parts += [f"**{_escape(info.name)}** ({_ending(reply)})", _fence(reply.text)]
+        parts += [f"**{escaped(info.name)}** ({_ending(reply)})", _fence(reply.text)]
     return parts
 
 
@@ -84,6 +90,11 @@ def _fence(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _escape(text: str) -> str:
-    """Text for a heading or a table cell: one line, no character with a meaning."""
-    return _MEANS_SOMETHING.sub(r"\\\1", " ".join(text.split()))
+def escaped(text: str, *, one_line: bool = True) -> str:
+    """Text in which no character has a meaning in Markdown.
+
+    Args:
+        text: it may come from outside.
+        one_line: as a heading or a table cell needs it.
+    """
+    return _MEANS_SOMETHING.sub(r"\\\1", " ".join(text.split()) if one_line else text)

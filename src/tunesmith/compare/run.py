@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tunesmith.compare.records import Comparison, Reply, Score, VariantInfo
+from tunesmith.compare.intervals import ratio_estimate
+from tunesmith.compare.records import Comparison, Reply, RowLoss, Score, VariantInfo
 from tunesmith.conversations import Conversation
 from tunesmith.errors import DataError
-from tunesmith.models import BASE, GenerationSettings, RowScore, VariantSet, generate, score
+from tunesmith.models import BASE, Engine, GenerationSettings, Request, RowScore
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
-
-_CONFIDENCE = 0.95
 
 
 def compare(
-    variants: VariantSet,
+    engine: Engine,
     infos: Sequence[VariantInfo],
     prompts: Sequence[Conversation],
     *,
@@ -28,12 +27,12 @@ def compare(
     """Compare variants: their replies to prompts, and how likely they find held-out answers.
 
     Args:
-        variants: the loaded variants.
+        engine: who answers for the variants.
         infos: which of them to compare, in the order they are shown.
         prompts: what each of them answers; an expected answer is kept beside the replies, not shown to the model.
         run_name: the run directory's name.
         settings: how replies are drawn; None takes the defaults.
-        scored_rows: rows with answers; none means no scores.
+        scored_rows: rows with answers; none, or an engine that cannot score, means no scores.
         progress: called with the stages ``generate`` and ``score``; the total is that of all variants.
         cancellation: read after every token and before every batch of rows.
 
@@ -48,32 +47,51 @@ def compare(
     settings = settings or GenerationSettings()
     cancellation = cancellation or Cancellation()
     names = [info.name for info in infos]
-    if not names:
-        raise DataError("There is no variant to compare.", expected=", ".join(variants.names))
-    _refuse_twice("A variant is compared with itself.", names)
-    _refuse_twice("Two prompts have the same id.", [prompt.id for prompt in prompts])
-    for name in names:
-        variants.variant(name)
-    replies = []
-    if prompts:
-        for place, name in enumerate(names):
-            whole = part_of(progress, place, len(names))
-            replies += _replies(variants, name, prompts, settings, whole, cancellation)
-    scored = {}
-    if scored_rows:
-        for place, name in enumerate(names):
-            whole = part_of(progress, place, len(names))
-            scored[name] = score(variants, name, scored_rows, progress=whole, cancellation=cancellation)
+    _check(engine, names, prompts)
+    scores: dict[str, list[RowScore]] = {}
+    if scored_rows and engine.capabilities.scores:
+        scores = engine.score(names, scored_rows, progress=progress, cancellation=cancellation)
+    replies = reply_all(engine, names, prompts, settings, progress=progress, cancellation=cancellation)
     return Comparison(
         run=run_name,
         variants=tuple(infos),
         prompts=tuple(prompts),
         replies=tuple(replies),
-        scores=tuple(summarize(name, rows, scored.get(BASE)) for name, rows in scored.items()),
-        max_new_tokens=settings.max_new_tokens,
-        greedy=not settings.samples,
-        dtype=variants.dtype,
+        scores=tuple(summarize(name, rows, scores.get(BASE)) for name, rows in scores.items()),
+        row_losses=tuple(RowLoss.of(name, row) for name, rows in scores.items() for row in rows),
+        settings=settings,
+        engine=engine.capabilities,
     )
+
+
+def reply_all(
+    engine: Engine,
+    names: Sequence[str],
+    prompts: Sequence[Conversation],
+    settings: GenerationSettings,
+    *,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation,
+) -> list[Reply]:
+    """Every variant's reply to every prompt, prompt by prompt.
+
+    Args:
+        engine: who answers.
+        names: the variants.
+        prompts: the prompts.
+        settings: how replies are drawn.
+        progress: called with the stage ``generate``, in replies.
+        cancellation: read after every token.
+
+    Raises:
+        Cancelled: somebody asked to stop.
+    """
+    asked = [(prompt, name) for prompt in prompts for name in names]
+    generations = engine.generate(
+        [Request(name, prompt.prompt) for prompt, name in asked], settings, progress=progress, cancellation=cancellation
+    )
+    cancellation.check()
+    return [Reply.of(prompt, name, one) for (prompt, name), one in zip(asked, generations, strict=True)]
 
 
 def summarize(name: str, rows: Sequence[RowScore], base: Sequence[RowScore] | None) -> Score:
@@ -88,69 +106,30 @@ def summarize(name: str, rows: Sequence[RowScore], base: Sequence[RowScore] | No
         The score.  Without a difference for the base itself, and where the two tokenized a row differently, because
         nats per token of different tokens cannot be compared; without an interval below two rows.
     """
-    tokens = sum(row.tokens for row in rows)
-    result = Score(variant=name, rows=len(rows), tokens=tokens, loss=sum(row.nll for row in rows) / tokens)
-    if name == BASE or base is None or [row.tokens for row in rows] != [row.tokens for row in base]:
+    tokens = [row.tokens for row in rows]
+    result = Score(variant=name, rows=len(rows), tokens=sum(tokens), loss=sum(row.nll for row in rows) / sum(tokens))
+    if name == BASE or base is None or tokens != [row.tokens for row in base]:
         return result
-    differences = [row.loss - other.loss for row, other in zip(rows, base, strict=True)]
-    low, high = mean_interval(differences)
+    nats = [row.nll - other.nll for row, other in zip(rows, base, strict=True)]
+    difference = ratio_estimate(nats, tokens)
     return result.model_copy(
         update={
-            "difference": sum(differences) / len(differences),
-            "difference_low": low,
-            "difference_high": high,
-            "better_rows": sum(difference < 0 for difference in differences),
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            "better_rows": sum(nat < 0 for nat in nats),
         }
     )
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % confidence interval of a mean (Student's t).
-
-    Args:
-        values: independent observations.
-
-    Returns:
-        Its lower and upper end; None and None below two values, where nothing is known of the spread.
-    """
-    from math import sqrt
-    from statistics import fmean, stdev
-
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None, None
-    half = float(t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
-
-
-def _replies(
-    variants: VariantSet,
-    name: str,
-    prompts: Sequence[Conversation],
-    settings: GenerationSettings,
-    progress: ProgressCallback,
-    cancellation: Cancellation,
-) -> list[Reply]:
-    generations = generate(
-        variants,
-        name,
-        [prompt.prompt for prompt in prompts],
-        settings,
-        progress=progress,
-        cancellation=cancellation,
-    )
-    cancellation.check()
-    return [
-        Reply(
-            prompt_id=prompt.id,
-            variant=name,
-            text=generation.text,
-            tokens=len(generation.token_ids),
-            stop_reason=generation.stop_reason,
-        )
-        for prompt, generation in zip(prompts, generations, strict=True)
-    ]
+def _check(engine: Engine, names: Sequence[str], prompts: Sequence[Conversation]) -> None:
+    if not names:
+        raise DataError("There is no variant to compare.", expected=", ".join(engine.names))
+    _refuse_twice("A variant is compared with itself.", names)
+    _refuse_twice("Two prompts have the same id.", [prompt.id for prompt in prompts])
+    unknown = [name for name in names if name not in engine.names]
+    if unknown:
+        raise DataError("There is no such variant.", expected=", ".join(engine.names), found=", ".join(unknown))
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

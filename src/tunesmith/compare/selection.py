@@ -10,33 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
-
+from tunesmith.compare.intervals import Estimate, ratio_estimate
 from tunesmith.models import BASE, RowScore
-from tunesmith.record import Part
-
-CONFIDENCE = 0.95
-
-
-class Estimate(Part):
-    """A mean and what its rows leave open.
-
-    Attributes:
-        value: nats a token.
-        low: lower end of its confidence interval; None below two rows, or where a row is not finite.
-        high: upper end.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def half(self) -> float | None:
-        """Half the interval's width: what stands behind ±."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -68,34 +44,6 @@ class Selection:
     to_best: Mapping[str, Estimate]
     to_base: Mapping[str, Estimate]
     comparisons: int
-
-
-def ratio_estimate(nats: Sequence[float], tokens: Sequence[int], *, comparisons: int = 1) -> Estimate:
-    """Nats a token over all rows, with a confidence interval whose observations are the rows.
-
-    Args:
-        nats: of every row; or differences of nats, of one row under two models.
-        tokens: of every row, positive.
-        comparisons: among how many intervals the 5 % are shared (Bonferroni), so that all hold together with 95 %.
-
-    Returns:
-        The ratio, with Student's t interval of its linearisation: residuals (nats_i − ratio·tokens_i) / mean(tokens).
-        Long rows pull the ratio towards themselves: their residuals are widened by their leverage tokens_i / Σ tokens
-        (HC2), and rows count as (Σ tokens)² / Σ tokens² in the degrees of freedom.  For rows of one length both leave
-        the mean's textbook interval.
-
-    Source: W. G. Cochran, Sampling Techniques, 3rd edition, section 6.4; J. G. MacKinnon and H. White, Some
-    heteroskedasticity-consistent covariance matrix estimators, Journal of Econometrics 29 (1985), for HC2.
-    """
-    d, t = np.asarray(nats, np.float64), np.asarray(tokens, np.float64)
-    value = float(d.sum() / t.sum())
-    if len(d) < 2 or not math.isfinite(value):
-        return Estimate(value=value)
-    residuals = (d - value * t) / t.mean()
-    error = math.sqrt(float(np.sum(residuals**2 / (1 - t / t.sum())))) / len(d)
-    degrees = max(1.0, float(t.sum() ** 2 / (t @ t)) - 1)
-    half = _quantile(1 - (1 - CONFIDENCE) / (2 * comparisons), degrees) * error
-    return Estimate(value=value, low=value - half, high=value + half)
 
 
 def select(scores: Mapping[str, Sequence[RowScore]]) -> Selection:
@@ -168,10 +116,3 @@ def _above_zero(difference: Estimate) -> bool:
 
 def _below_zero(difference: Estimate) -> bool:
     return difference.high is not None and difference.high < 0
-
-
-@cache
-def _quantile(probability: float, degrees: float) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(probability, degrees))

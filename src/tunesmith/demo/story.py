@@ -16,6 +16,7 @@ from tunesmith.api import comparing, inspecting, merging, reporting, training, v
 from tunesmith.compare import Comparison
 from tunesmith.errors import OutputError
 from tunesmith.merge import Merged, plan_merge
+from tunesmith.models import GenerationSettings
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Part, Record
 from tunesmith.verify import Verdict
@@ -116,7 +117,7 @@ def demo(
         comparison = comparing.compare(
             run,
             max_prompts=PROMPTS,
-            max_new_tokens=MAX_NEW_TOKENS,
+            settings=GenerationSettings(greedy=True, max_new_tokens=MAX_NEW_TOKENS),
             progress=progress,
             cancellation=cancellation,
         )

@@ -10,23 +10,47 @@ from tunesmith.models.calibration import (
     write_calibration_text,
 )
 from tunesmith.models.compute import ComputeDtype, compute_dtype, dtype_name
-from tunesmith.models.generate import Generation, GenerationSettings, generate
-from tunesmith.models.score import RowScore, score, token_logits
+from tunesmith.models.endpoint import Endpoint
+from tunesmith.models.engine import (
+    Capabilities,
+    Engine,
+    Generation,
+    GenerationSettings,
+    Prompt,
+    Request,
+    RowScore,
+    ScoredRow,
+)
+from tunesmith.models.generate import continue_rows, generate, prompt_ids
+from tunesmith.models.local import LocalEngine, RenderedPrompt
+from tunesmith.models.remember import RememberingEngine
+from tunesmith.models.score import score, token_logits
 from tunesmith.models.variants import BASE, Variant, VariantSet
 
 __all__ = [
     "BASE",
+    "Capabilities",
     "ComputeDtype",
+    "Endpoint",
+    "Engine",
     "Generation",
     "GenerationSettings",
+    "LocalEngine",
+    "Prompt",
     "RecordedInputs",
+    "RememberingEngine",
+    "RenderedPrompt",
+    "Request",
     "RowScore",
+    "ScoredRow",
     "Variant",
     "VariantSet",
     "compute_dtype",
+    "continue_rows",
     "dtype_name",
     "encode_calibration_rows",
     "generate",
+    "prompt_ids",
     "record_inputs",
     "score",
     "token_logits",

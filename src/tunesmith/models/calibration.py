@@ -28,7 +28,8 @@ import numpy as np
 from tunesmith.checkpoint import check_free_space, write_error
 from tunesmith.conversations import Conversation, Message, encode, encode_prompt
 from tunesmith.errors import CheckpointError, DataError, OutputError, PromptError
-from tunesmith.models.generate import Generation, GenerationSettings, continue_rows
+from tunesmith.models.engine import Generation, GenerationSettings
+from tunesmith.models.generate import continue_rows
 from tunesmith.models.quiet import quiet_logging
 from tunesmith.models.variants import VariantSet, check_token_ids, context_window
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
@@ -120,7 +121,7 @@ def write_calibration_text(
     """
     settings = GenerationSettings(temperature=temperature, top_p=1.0, seed=seed)
     with variants.active(name) as (model, tokenizer), quiet_logging():
-        window = context_window(model)
+        window = context_window(model.config)
         frame = _chat_frame(tokenizer)
         if frame is not None and window is not None and frame.longest + 2 > window:
             frame = None
@@ -161,7 +162,7 @@ def encode_calibration_rows(
     left = tokens_at_most
     with variants.active(name) as (model, tokenizer), quiet_logging():
         most = max(tokens_at_most // _LEAST_ROWS, tokens_at_most // max(1, len(rows)))
-        most = min(most, context_window(model) or most)
+        most = min(most, context_window(model.config) or most)
         for index in np.random.default_rng(0).permutation(len(rows)):
             ids = _row_ids(tokenizer, rows[index])[: min(most, left)]
             result += [tuple(ids)] if ids else []
@@ -271,12 +272,12 @@ def _author(
 
         result = continue_rows(
             variants,
-            name,
+            [name] * len(rows),
             rows,
             settings.model_copy(update=changes),
             progress=tell,
             cancellation=cancellation,
-            batch_size=_WRITTEN_AT_ONCE,
+            rows_at_once=_WRITTEN_AT_ONCE,
         )
         cancellation.check()
         before += len(rows)
@@ -364,7 +365,7 @@ def _check_sequences(model: Any, rows: list[list[int]]) -> None:
     if not rows:
         raise DataError("There are no tokens to calibrate with.", expected="at least one sequence of token ids")
     check_token_ids(model, rows)
-    window, longest = context_window(model), max(map(len, rows))
+    window, longest = context_window(model.config), max(map(len, rows))
     if window is not None and longest > window:
         raise PromptError(
             "A sequence is longer than the model's context window.", expected=f"at most {window} tokens", found=longest

@@ -72,7 +72,7 @@ def compute_dtype(requested: str = "auto", *, cache_dir: Path | None = None) -> 
         DataError: ``requested`` is no dtype that we know.
     """
     wanted = None if requested == "auto" else dtype_name(requested)
-    device, machine = _device(), _machine()
+    device, machine = _device(), machine_name()
     if wanted is not None:
         return ComputeDtype(dtype=wanted, device=device, reason="requested", machine=machine)
     if device != "cpu":
@@ -118,7 +118,8 @@ def _gpu_dtype(device: DeviceName) -> DtypeName:
     return "bfloat16"
 
 
-def _machine() -> str:
+def machine_name() -> str:
+    """What a measurement holds for: the processor, its vector units, torch's version and thread count."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()

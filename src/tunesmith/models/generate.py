@@ -1,145 +1,129 @@
-"""Answers of one variant to many prompts: one generator that chat, comparison and the server all use."""
+"""Answers of many variants to many prompts, row beside row: one loop that chat, comparison and verification all use.
+
+Rows of every variant that can run beside others share one batch (:mod:`tunesmith.models.rows`).  A row that has ended
+leaves it, so that nobody waits for the longest answer longer than needed.
+"""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversations import Conversation, Message, encode, encode_prompt
 from tunesmith.errors import DataError, PromptError
 from tunesmith.models.detokenize import Detokenizer, decode
+from tunesmith.models.engine import (
+    Generation,
+    GenerationSettings,
+    OnGeneration,
+    OnText,
+    Prompt,
+    Request,
+    StopReason,
+)
+from tunesmith.models.memory import holds_all_state, keep_rows, key_value_cache, row_bytes
 from tunesmith.models.quiet import quiet_logging
-from tunesmith.models.variants import VariantSet, check_token_ids, context_window
+from tunesmith.models.rows import NotRowwiseError, Routing
+from tunesmith.models.sampling import Sampler, occurrences
+from tunesmith.models.variants import VariantSet, check_token_ids
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
-from tunesmith.record import Part
 
 if TYPE_CHECKING:
     import torch
 
-StopReason = Literal["eos", "length", "cancelled"]
-OnText = Callable[[int, str], None]
-
-
-class GenerationSettings(Part):
-    """How answers are drawn.  Nothing is inherited from the model's own ``generation_config`` but its eos tokens.
-
-    Attributes:
-        max_new_tokens: the most tokens of an answer; fewer where the context window leaves less room.
-        greedy: always take the most likely token; temperature, top_p and top_k are ignored then.
-        temperature: divides the logits; 0 is greedy too.
-        top_p: draw from the fewest tokens that hold this probability.
-        top_k: draw from this many most likely tokens; 0 draws from all.
-        repetition_penalty: divides the logits of tokens that occurred; 1 does nothing.
-        seed: of the random numbers; the same seed and batches give the same text.
-    """
-
-    max_new_tokens: int = Field(default=1024, ge=1)
-    greedy: bool = False
-    temperature: float = Field(default=0.7, ge=0)
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=0, ge=0)
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn at random."""
-        return not self.greedy and self.temperature > 0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        text: without special tokens.
-        token_ids: what was generated, the end-of-turn token included.
-        stop_reason: ``eos`` (it ended by itself), ``length`` (cut by the limit or the window) or ``cancelled``.
-        seconds: from the start of its batch to its last token.
-        time_to_first_token_s: from the start of its batch to its first token; None where there is none.
-        tokens_per_s: tokens a second after the first one; None below two tokens.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    stop_reason: StopReason
-    seconds: float
-    time_to_first_token_s: float | None
-    tokens_per_s: float | None
+ROWS_AT_ONCE = 32
+# Of the memory that is free, what keys and values of one batch may take should every row reach its limit.
+_MEMORY_SHARE = 0.5
+_WORTH_READING_ONCE = 8  # tokens
 
 
 def generate(
     variants: VariantSet,
-    name: str,
-    prompts: Sequence[Sequence[Message]],
+    requests: Sequence[Request],
     settings: GenerationSettings | None = None,
     *,
     on_text: OnText | None = None,
+    on_done: OnGeneration | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
-    batch_size: int = 8,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> list[Generation]:
-    """Let one variant answer every prompt.
+    """Answer every request: :meth:`tunesmith.models.engine.Engine.generate` of the local engine.
 
     Args:
         variants: the loaded variants.
-        name: which of them answers.
-        prompts: conversations that end where the answer is to begin.
+        requests: prompts, each with its variant.
         settings: how answers are drawn; None takes the defaults.
-        on_text: called with the prompt's index and the text that has become whole since the last call; the pieces of
-            one prompt joined are its answer's text.
+        on_text: called with the request's index and new text.
+        on_done: called with the request's index and its answer, once it is whole.
         progress: called after every token with the stage ``generate``, in prompts answered.
-        cancellation: read after every token; what was generated until then is returned, as ``cancelled``.
-        batch_size: prompts that run at once.  Greedy answers depend on it by rounding only.
+        cancellation: read after every token.
+        rows_at_once: rows of a batch, fewer where memory is short.  Greedy answers depend on it by rounding only.
 
     Returns:
-        One generation a prompt, in their order.
+        One generation a request, in their order.
 
     Raises:
         DataError: no such variant, or its tokenizer has no chat template.
         PromptError: prompts that leave no room in the context window; all are named.
+        CheckpointError: a full model cannot be loaded.
     """
-    with variants.active(name) as (_, tokenizer), quiet_logging():
-        rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        return continue_rows(
-            variants,
-            name,
-            rows,
-            settings,
-            on_text=on_text,
-            progress=progress,
-            cancellation=cancellation,
-            batch_size=batch_size,
-        )
+    with quiet_logging():
+        rows = [prompt_ids(variants.tokenizer(request.variant), request.prompt) for request in requests]
+    return continue_rows(
+        variants,
+        [request.variant for request in requests],
+        rows,
+        settings,
+        on_text=on_text,
+        on_done=on_done,
+        progress=progress,
+        cancellation=cancellation,
+        rows_at_once=rows_at_once,
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The token ids that a model is given: a conversation through the chat template, plain text as it is.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or a plain text is empty.
+    """
+    if not isinstance(prompt, str):
+        return encode_prompt(tokenizer, prompt)
+    ids = list(tokenizer(prompt)["input_ids"])
+    if not ids:
+        raise DataError("An empty text cannot be gone on from.", next_step="give a word to begin with")
+    return ids
 
 
 def continue_rows(
     variants: VariantSet,
-    name: str,
+    names: Sequence[str],
     rows: Sequence[Sequence[int]],
     settings: GenerationSettings | None = None,
     *,
     on_text: OnText | None = None,
+    on_done: OnGeneration | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
-    batch_size: int = 8,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> list[Generation]:
-    """Let one variant go on from token ids, whatever they are: :func:`generate` after its prompts are encoded.
+    """Go on from token ids, whatever they are: :func:`generate` after its prompts are encoded.
 
     Args:
         variants: the loaded variants.
-        name: which of them goes on.
+        names: which variant goes on with each row.
         rows: token ids, at least one a row.
         settings: as for :func:`generate`, like all that follow.
         on_text: as there.
+        on_done: as there.
         progress: as there.
         cancellation: as there.
-        batch_size: as there.
+        rows_at_once: as there.
 
     Returns:
         One generation a row, in their order, of the new tokens only.
@@ -148,56 +132,186 @@ def continue_rows(
         DataError: there is no such variant.
         PromptError: rows that leave no room in the context window; all are named.
     """
-    settings = settings or GenerationSettings()
-    cancellation = cancellation or Cancellation()
-    done: dict[int, Generation] = {}
+    settings, cancellation = settings or GenerationSettings(), cancellation or Cancellation()
+    job = _Job(names, rows, _limits(variants, names, rows, settings.max_new_tokens), settings, cancellation)
+    job.on_text, job.on_done, job.progress = on_text, on_done, progress
+    job.twins = occurrences([(name, tuple(row)) for name, row in zip(names, rows, strict=True)])
+    waiting = list(range(len(rows)))
+    with quiet_logging():
+        while waiting and not cancellation.requested:
+            company = variants.companies([names[index] for index in waiting])[0]
+            members = [index for index in waiting if names[index] in company]
+            try:
+                _run_company(variants, job, members, rows_at_once)
+            except NotRowwiseError as error:
+                variants.run_in_turn(str(error))
+            waiting = [index for index in waiting if index not in job.done]
+    unstarted = Generation("", (), 0, None, "cancelled", 0.0, None, None)
+    return [job.done.get(index, unstarted) for index in range(len(rows))]
 
-    def on_token(tokens: int) -> None:
-        progress(Progress("generate", len(done), len(rows), "prompts", f"{name}: {tokens} tokens"))
 
-    with variants.active(name) as (model, tokenizer), quiet_logging():
-        check_token_ids(model, rows)
+@dataclass
+class _Job:
+    """What is to be generated, and what is done of it."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[int]]
+    limits: Sequence[int]
+    settings: GenerationSettings
+    cancellation: Cancellation
+    on_text: OnText | None = None
+    on_done: OnGeneration | None = None
+    progress: ProgressCallback = no_progress
+    twins: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.done: dict[int, Generation] = {}
+        self._told = [0] * len(self.rows)
+
+    def sayer(self, index: int) -> Callable[[str], None] | None:
+        """What tells of an answer's new text, but for what was told before its batch had to begin again."""
+        on_text, told, heard = self.on_text, self._told, 0
+        if on_text is None:
+            return None
+
+        def say(piece: str) -> None:
+            nonlocal heard
+            new = piece[max(0, told[index] - heard) :]
+            heard += len(piece)
+            if new:
+                told[index] = heard
+                on_text(index, new)
+
+        return say
+
+    def finish(self, index: int, generation: Generation) -> None:
+        """Take one answer."""
+        self.done[index] = generation
+        if self.on_done is not None and generation.stop_reason != "cancelled":
+            self.on_done(index, generation)
+
+    def tell(self, detail: str) -> None:
+        """Say how far it is."""
+        self.progress(Progress("generate", len(self.done), len(self.rows), "prompts", detail))
+
+
+def _run_company(variants: VariantSet, job: _Job, members: Sequence[int], rows_at_once: int) -> None:
+    """All rows of variants that run beside each other, batch by batch."""
+    order = {name: place for place, name in enumerate(variants.names)}
+    with variants.running([job.names[index] for index in members]) as (model, tokenizer, _):
+        check_token_ids(model, [job.rows[index] for index in members])
         eos_ids = _eos_ids(model, tokenizer)
-        limits = _limits(rows, context_window(model), settings.max_new_tokens)
-        for batch in _batches(limits, batch_size):
-            if cancellation.requested:
-                break
-            limit = limits[batch[0]]
-            stream = _Stream(tokenizer, eos_ids, batch, limit, on_text=on_text, on_token=on_token)
-            _run(model, tokenizer, [rows[i] for i in batch], settings, stream, cancellation)
-            done.update(stream.generations(cancelled=cancellation.requested))
-            progress(Progress("generate", len(done), len(rows), "prompts", name))
-    unstarted = Generation("", (), "cancelled", 0.0, None, None)
-    return [done.get(index, unstarted) for index in range(len(rows))]
+        batches = list(_batches(model, job, members, rows_at_once))
+    for batch in batches:
+        if job.cancellation.requested:
+            return
+        batch = sorted(batch, key=lambda index: (order[job.names[index]], index))
+        names = [job.names[index] for index in batch]
+        started = time.perf_counter()
+        beginning = _read_beginning(variants, names, [job.rows[index] for index in batch])
+        with variants.running(names) as (model, tokenizer, routing):
+            _Batch(model, tokenizer, eos_ids, routing, job, batch).run(beginning, started)
+        job.tell(job.names[batch[-1]])
 
 
-def _limits(rows: Sequence[Sequence[int]], window: int | None, max_new_tokens: int) -> list[int]:
-    if window is None:
-        return [max_new_tokens] * len(rows)
-    too_long = [f"prompt {i}: {len(row)} tokens" for i, row in enumerate(rows) if len(row) >= window]
+@dataclass
+class _Beginning:
+    """The tokens that all rows of a batch begin with, such as a system prompt, read once for every variant.
+
+    Attributes:
+        tokens: how many they are.
+        cache: keys and values of them, for every row; None where nothing was read.
+    """
+
+    tokens: int = 0
+    cache: Any = None
+
+
+def _read_beginning(variants: VariantSet, names: Sequence[str], rows: Sequence[Sequence[int]]) -> _Beginning:
+    """Read what all rows begin with, if several rows of one variant do, and the model can go on from there."""
+    import torch
+
+    distinct = list(dict.fromkeys(names))
+    first = rows[0]
+    shared = min(len(row) for row in rows) - 1  # a row's last token is read with the row, for its logits
+    for row in rows:
+        shared = next((place for place in range(shared) if row[place] != first[place]), shared)
+    if len(distinct) == len(names) or shared < _WORTH_READING_ONCE:
+        return _Beginning()
+    with variants.running(distinct) as (model, _, _):
+        if not _can_share(model):
+            return _Beginning()
+        cache = key_value_cache(model)
+        ids = torch.tensor([list(first[:shared])] * len(distinct), device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        keep_rows(cache, torch.tensor([distinct.index(name) for name in names], device=model.device))
+    return _Beginning(shared, cache)
+
+
+def _can_share(model: Any) -> bool:
+    """Whether rows may go on from a beginning with padding after it: a sliding window would count the padding."""
+    wanted = {"past_key_values", "position_ids", "logits_to_keep"}
+    sliding = getattr(model.config.get_text_config(), "sliding_window", None)
+    return _can_pad(model) and wanted <= _arguments(model) and holds_all_state(model) and not sliding
+
+
+def _limits(
+    variants: VariantSet, names: Sequence[str], rows: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[int]:
+    """The most new tokens of every row; all rows without room are refused at once."""
+    windows = {name: variants.context_window(name) for name in dict.fromkeys(names)}
+    too_long, limits = [], []
+    for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+        window = windows[name]
+        if window is not None and len(row) >= window:
+            too_long.append(f"prompt {index}: {len(row)} tokens, where {name} takes fewer than {window}")
+        limits.append(max_new_tokens if window is None else min(max_new_tokens, window - len(row)))
     if too_long:
         raise PromptError(
             "A prompt leaves no room for an answer in the model's context window.",
-            expected=f"fewer than {window} tokens",
-            details=too_long,
+            expected=f"fewer than {min(window for window in windows.values() if window)} tokens",
+            details=too_long[:10] + ([f"… and {len(too_long) - 10} more"] if len(too_long) > 10 else []),
             next_step="shorten the prompt, or start a new conversation",
         )
-    return [min(max_new_tokens, window - len(row)) for row in rows]
+    return limits
 
 
-def _batches(limits: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indexes in batches of one limit each, so that no row runs past its window while another still may."""
-    by_limit: dict[int, list[int]] = {}
-    for index, limit in enumerate(limits):
-        by_limit.setdefault(limit, []).append(index)
-    return [
-        indexes[start : start + batch_size]
-        for indexes in by_limit.values()
-        for start in range(0, len(indexes), batch_size)
-    ]
+def _batches(model: Any, job: _Job, members: Sequence[int], rows_at_once: int) -> Iterator[list[int]]:
+    """Rows of like length together; where padding would be seen by the model, of one length only."""
+    alike_only = not _can_pad(model)
+    budget = _memory_budget(model)
+    batch: list[int] = []
+    for index in sorted(members, key=lambda index: (len(job.rows[index]), index)):
+        longest = max((len(job.rows[one]) + job.limits[one] for one in (*batch, index)), default=0)
+        full = len(batch) >= rows_at_once or (len(batch) + 1) * row_bytes(model, longest) > budget
+        if batch and (full or (alike_only and len(job.rows[batch[0]]) != len(job.rows[index]))):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+def _can_pad(model: Any) -> bool:
+    """Whether a row may have padding before it: attention leaves it out, a recurrent state would not."""
+    return not getattr(model, "_is_stateful", False) and "position_ids" in _arguments(model)
+
+
+def _memory_budget(model: Any) -> float:
+    import torch
+
+    if model.device.type == "cuda":
+        return _MEMORY_SHARE * float(torch.cuda.mem_get_info(model.device)[0])
+    import psutil
+
+    return _MEMORY_SHARE * float(psutil.virtual_memory().available)
+
+
+def _arguments(model: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer: the model's, the tokenizer's, and what the chat template ends an answer with.
 
     The template's is what the answer's loss was trained to end with, also where the base model's own end is another.
@@ -213,166 +327,220 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     try:
         encoded = encode(tokenizer, Conversation(id="end of turn", messages=turns))
     except (DataError, TemplateError):  # a template that answers cannot be told apart in still generates
-        return sorted(found)
+        return frozenset(found)
     last = [token for token, answer in zip(encoded.input_ids, encoded.supervised, strict=True) if answer][-1]
     if last in {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}:
         found.add(last)
-    return sorted(found)
+    return frozenset(found)
 
 
-def _run(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    stream: _Stream,
-    cancellation: Cancellation,
-) -> None:
-    import torch
-    from transformers import StoppingCriteriaList
+class _Batch:
+    """Rows that run beside each other, until the last of them has ended.
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stream.eos_ids[0] if stream.eos_ids else 0
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    config = _config(settings, stream.limit, pad, stream.eos_ids)
-    inherited, model.generation_config = model.generation_config, config
-    try:
-        with _seeded(settings.seed + stream.indexes[0], model.device) if settings.samples else nullcontext():
-            stream.start()
-            model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                streamer=stream,
-                stopping_criteria=StoppingCriteriaList([_cancelled_by(cancellation)]),
+    Args:
+        model: the model of all of them.
+        tokenizer: theirs.
+        eos_ids: tokens that end a row.
+        routing: whose adapter each row has; None where the model is one variant as it is.
+        job: what they are part of.
+        indexes: their indexes in it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        eos_ids: frozenset[int],
+        routing: Routing | None,
+        job: _Job,
+        indexes: Sequence[int],
+    ) -> None:
+        self._model, self._routing, self._job = model, routing, job
+        self._indexes = list(indexes)
+        self._arguments = _arguments(model)
+        self._cached = "past_key_values" in self._arguments and holds_all_state(model)
+        rows = [job.rows[index] for index in indexes]
+        self._sampler = Sampler(job.settings, rows, [job.twins[index] for index in indexes])
+        self._answers = [
+            _Answer(tokenizer, eos_ids, job.limits[index], job.settings.stop, len(job.rows[index]), job.sayer(index))
+            for index in indexes
+        ]
+        self._tokens = 0
+
+    def run(self, beginning: _Beginning, started: float) -> None:
+        """Draw token after token for every row, and give each answer to the job as it ends.
+
+        Args:
+            beginning: what was read of the rows already.
+            started: when that began, by ``time.perf_counter``.
+        """
+        rows = [self._job.rows[index][beginning.tokens :] for index in self._indexes]
+        self._lay_out(rows, beginning.tokens, max(self._job.limits[index] for index in self._indexes))
+        cache = beginning.cache
+        if cache is None and self._cached:
+            cache = key_value_cache(self._model)
+        while self._indexes:
+            tokens = self._sampler.draw(self._forward(cache))
+            now = time.perf_counter() - started
+            going = []
+            for row, token in enumerate(tokens):
+                if self._answers[row].take(token, now):
+                    self._job.finish(self._indexes[row], self._answers[row].generation())
+                else:
+                    going.append(row)
+            self._tokens += len(tokens)
+            self._job.tell(f"{len(self._indexes)} rows, {self._tokens} tokens")
+            if self._job.cancellation.requested:
+                break
+            self._go_on(tokens, going, cache)
+        for row, index in enumerate(self._indexes):
+            if index not in self._job.done:
+                self._job.finish(index, self._answers[row].cancel())
+
+    def _lay_out(self, rows: Sequence[Sequence[int]], before: int, limit: int) -> None:
+        """Put what is left of the prompts beside each other, padded on the left; the mask has room for all answers."""
+        import torch
+
+        longest, device = max(map(len, rows)), self._model.device
+        self._width = before + longest
+        self._input_ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+        self._mask = torch.ones(len(rows), self._width + limit, dtype=torch.long, device=device)
+        for place, row in enumerate(rows):
+            self._mask[place, before : self._width - len(row)] = 0
+        self._padded = any(len(row) < longest for row in rows)
+        self._positions = (self._mask[:, : self._width].cumsum(-1) - 1).clamp(min=0)[:, before:]
+
+    def _forward(self, cache: Any) -> torch.Tensor:
+        """The logits of every row's next token, float32 (rows, vocabulary)."""
+        inputs: dict[str, Any] = {"input_ids": self._input_ids, "use_cache": self._cached}
+        if self._cached:
+            inputs["past_key_values"] = cache
+        if self._padded:
+            inputs["attention_mask"] = self._mask[:, : self._width]
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = self._positions
+        if "logits_to_keep" in self._arguments:
+            inputs["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(**inputs).logits[:, -1].float()
+        return logits
+
+    def _go_on(self, tokens: Sequence[int], going: Sequence[int], cache: Any) -> None:
+        """Give every row that goes on its new token, and let go of the others."""
+        import torch
+
+        device = self._model.device
+        if len(going) < len(self._indexes):
+            kept = torch.tensor(going, dtype=torch.long, device=device)
+            self._indexes = [self._indexes[row] for row in going]
+            self._answers = [self._answers[row] for row in going]
+            self._sampler.keep(going)
+            self._mask, self._positions, self._input_ids = (
+                one[kept] for one in (self._mask, self._positions, self._input_ids)
             )
-    finally:
-        model.generation_config = inherited
+            self._padded = bool((self._mask[:, : self._width] == 0).any())
+            if self._routing is not None:
+                self._routing.keep(going)
+            if going and cache is not None:
+                keep_rows(cache, kept)
+        new = torch.tensor([[tokens[row]] for row in going], dtype=torch.long, device=device)
+        self._width += 1
+        if self._cached:
+            self._input_ids, self._positions = new, self._positions[:, -1:] + 1
+        elif going:
+            self._input_ids = torch.cat([self._input_ids, new], dim=1)
+            self._positions = torch.cat([self._positions, self._positions[:, -1:] + 1], dim=1)
 
 
-def _config(settings: GenerationSettings, limit: int, pad: int, eos_ids: list[int]) -> Any:
-    from transformers import GenerationConfig
-
-    # An option that is None is filled in from elsewhere (top_k becomes 50), so each is given.
-    drawing = (
-        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        if settings.samples
-        else {"do_sample": False}
-    )
-    return GenerationConfig(
-        max_new_tokens=limit,
-        repetition_penalty=settings.repetition_penalty,
-        pad_token_id=pad,
-        eos_token_id=eos_ids or None,
-        use_cache=True,
-        **drawing,
-    )
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from ``seed`` inside, and the process's own untouched outside."""
-    import torch
-
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _cancelled_by(cancellation: Cancellation) -> Callable[..., torch.Tensor]:
-    import torch
-
-    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # noqa: ARG001 - Transformers' signature
-        return torch.full((input_ids.shape[0],), cancellation.requested, dtype=torch.bool, device=input_ids.device)
-
-    return stop
-
-
-class _Stream:
-    """What Transformers pushes tokens to: collects each row up to its own eos, and hands its text on.
+class _Answer:
+    """One row's answer as it grows: its tokens, when they came, and its text up to a stop text.
 
     Args:
         tokenizer: the variant's.
-        eos_ids: tokens that end a row.
-        indexes: the prompts' indexes, one a row.
-        limit: the most tokens of a row.
-        on_text: called with a prompt's index and new text.
-        on_token: called after every step with the number of tokens of all rows.
+        eos_ids: tokens that end it.
+        limit: the most tokens.
+        stop: texts that end it and are not part of it.
+        prompt_tokens: of its prompt.
+        say: called with new text; None for nobody.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        eos_ids: list[int],
-        indexes: Sequence[int],
+        eos_ids: frozenset[int],
         limit: int,
-        *,
-        on_text: OnText | None,
-        on_token: Callable[[int], None],
+        stop: Sequence[str],
+        prompt_tokens: int,
+        say: Callable[[str], None] | None,
     ) -> None:
-        self.eos_ids = eos_ids
-        self.indexes = indexes
-        self.limit = limit
-        self._tokenizer = tokenizer
-        self._on_text = on_text
-        self._on_token = on_token
-        self._tokens: list[list[int]] = [[] for _ in indexes]
-        self._times: list[list[float]] = [[] for _ in indexes]
-        self._text = [Detokenizer(tokenizer) for _ in indexes]
-        self._prompt_seen = False
-        self._started = 0.0
+        self._tokenizer, self._eos_ids, self._limit = tokenizer, eos_ids, limit
+        self._stop = [text for text in stop if text]
+        self._prompt_tokens = prompt_tokens
+        self._say = say
+        self._tokens: list[int] = []
+        self._times: list[float] = []
+        self._pieces = Detokenizer(tokenizer) if say is not None or self._stop else None
+        self._text = ""  # what the pieces make, where there are any
+        self._said = 0
+        self._reason: StopReason = "cancelled"
 
-    def start(self) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+    def take(self, token: int, now: float) -> bool:
+        """Take one token at a time; return whether the answer has ended with it.
 
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompts (rows, tokens), which come first, or one new token of every row (rows,)."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        now = time.perf_counter() - self._started
-        for row, token in enumerate(value.tolist()):
-            if self._ended(row):
-                continue
-            self._tokens[row].append(token)
-            self._times[row].append(now)
-            piece = self._text[row].add(token)
-            if self._ended(row) or len(self._tokens[row]) == self.limit:
-                piece += self._text[row].finish()
-            self._say(row, piece)
-        self._on_token(sum(len(tokens) for tokens in self._tokens))
+        Args:
+            token: its id.
+            now: seconds since the batch began.
+        """
+        self._tokens.append(token)
+        self._times.append(now)
+        ended = token in self._eos_ids
+        if ended or len(self._tokens) >= self._limit:
+            self._reason = "eos" if ended else "length"
+        last = self._reason != "cancelled"
+        if self._pieces is not None:
+            self._text += self._pieces.add(token) + (self._pieces.finish() if last else "")
+            self._look_for_stop()
+            last = self._reason != "cancelled"
+            self._hand_out(whole=last)
+        return last
 
-    def end(self) -> None:
-        """Hand on what was held back, where a row stopped before its end."""
-        for row, text in enumerate(self._text):
-            self._say(row, text.finish())
+    def cancel(self) -> Generation:
+        """End it where it is, and return it."""
+        if self._pieces is not None:
+            self._text += self._pieces.finish()
+            self._hand_out(whole=True)
+        return self.generation()
 
-    def generations(self, *, cancelled: bool) -> dict[int, Generation]:
-        """The finished answers by prompt index."""
-        return {index: self._generation(row, cancelled) for row, index in enumerate(self.indexes)}
-
-    def _generation(self, row: int, cancelled: bool) -> Generation:
-        tokens, times = self._tokens[row], self._times[row]
-        reason: StopReason = "length"
-        if self._ended(row):
-            reason = "eos"
-        elif cancelled and len(tokens) < self.limit:
-            reason = "cancelled"
-        span = times[-1] - times[0] if times else 0.0
+    def generation(self) -> Generation:
+        """The answer so far."""
+        span = self._times[-1] - self._times[0] if self._times else 0.0
         return Generation(
-            text=decode(self._tokenizer, tokens),
-            token_ids=tuple(tokens),
-            stop_reason=reason,
-            seconds=times[-1] if times else 0.0,
-            time_to_first_token_s=times[0] if times else None,
-            tokens_per_s=(len(times) - 1) / span if span > 0 else None,
+            text=self._text if self._pieces is not None else decode(self._tokenizer, self._tokens),
+            token_ids=tuple(self._tokens),
+            tokens=len(self._tokens),
+            prompt_tokens=self._prompt_tokens,
+            stop_reason=self._reason,
+            seconds=self._times[-1] if self._times else 0.0,
+            time_to_first_token_s=self._times[0] if self._times else None,
+            tokens_per_s=(len(self._times) - 1) / span if span > 0 else None,
         )
 
-    def _ended(self, row: int) -> bool:
-        return bool(self._tokens[row]) and self._tokens[row][-1] in self.eos_ids
+    def _look_for_stop(self) -> None:
+        found = [place for text in self._stop if (place := self._text.find(text, max(0, self._said))) >= 0]
+        if found:
+            self._text, self._reason = self._text[: min(found)], "stop"
 
-    def _say(self, row: int, piece: str) -> None:
-        if piece and self._on_text is not None:
-            self._on_text(self.indexes[row], piece)
+    def _hand_out(self, *, whole: bool) -> None:
+        """Say what is new, up to what may be the beginning of a stop text."""
+        end = len(self._text) - (0 if whole else self._held_back())
+        if self._say is not None and end > self._said:
+            self._say(self._text[self._said : end])
+        self._said = max(self._said, end)
+
+    def _held_back(self) -> int:
+        longest = 0
+        for text in self._stop:
+            for length in range(min(len(text) - 1, len(self._text) - self._said), longest, -1):
+                if self._text.endswith(text[:length]):
+                    longest = length
+                    break
+        return longest

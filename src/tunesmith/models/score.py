@@ -1,16 +1,17 @@
-"""How likely a variant finds given answers: teacher forcing, one forward pass a batch."""
+"""How likely variants find given answers: teacher forcing, one forward pass a batch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.conversations import Conversation, Encoded, encode
-from tunesmith.errors import PromptError
+from tunesmith.conversations import Conversation, Encoded, encode, encode_text
+from tunesmith.errors import DataError, PromptError
+from tunesmith.models.engine import OnScore, RowScore, ScoredRow
 from tunesmith.models.quiet import quiet_logging
-from tunesmith.models.variants import VariantSet, check_token_ids, context_window
+from tunesmith.models.rows import NotRowwiseError
+from tunesmith.models.variants import VariantSet, check_token_ids
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -19,75 +20,67 @@ if TYPE_CHECKING:
 # What the logits of one batch may take in float32; a single row may take more.
 _LOGITS_BUDGET_BYTES = 512 * 2**20
 _POSITIONS_AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class RowScore:
-    """How likely the answers of one row are.
-
-    Attributes:
-        id: the conversation's id.
-        nll: minus the log-likelihood of all answer tokens, in nats.
-        tokens: how many answer tokens there are, each turn's end-of-turn token included.
-    """
-
-    id: str
-    nll: float
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Mean nats an answer token."""
-        return self.nll / self.tokens
+ROWS_AT_ONCE = 4
 
 
 def score(
     variants: VariantSet,
-    name: str,
-    rows: Sequence[Conversation],
+    names: Sequence[str],
+    rows: Sequence[ScoredRow],
     *,
+    reference: str | None = None,
+    on_done: OnScore | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
-    batch_size: int = 4,
-) -> list[RowScore]:
-    """Score the answers of every row under one variant.
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> dict[str, list[RowScore]]:
+    """Score every row under every variant: :meth:`tunesmith.models.engine.Engine.score` of the local engine.
 
     The logits are in the variants' dtype, their log-softmax in float32 and the sums in float64.  Rows are padded on the
     right, where causal attention does not look, so a row's score depends on the batch size by rounding only.
 
     Args:
         variants: the loaded variants.
-        name: which of them.
-        rows: conversations with an answer.
-        progress: called after every batch with the stage ``score``, in rows.
+        names: which of them.
+        rows: conversations with an answer, or texts.
+        reference: one of ``names``, against which the others' KL divergence is measured.  Variants with weights of
+            their own are loaded one at a time, and the reference is computed again beside each.
+        on_done: called with the variant's name, the row's index and its score.
+        progress: called after every batch with the stage ``score``, in rows of all variants.
         cancellation: read before every batch.
-        batch_size: the most rows that run at once; fewer where their logits would take more than 512 MiB.
+        rows_at_once: the most rows that run at once; fewer where their logits would take more than 512 MiB.
 
     Returns:
-        One score a row, in their order.
+        By variant, one score a row, in their order.
 
     Raises:
-        DataError: no such variant, a row without an answer, or no chat template.
+        DataError: no such variant, a row without an answer, no chat template, or a reference that is not scored.
         PromptError: rows that are longer than the context window; all are named.
+        CheckpointError: a full model cannot be loaded.
         Cancelled: somebody asked to stop.
     """
-    cancellation = cancellation or Cancellation()
-    scores: dict[int, RowScore] = {}
-    with variants.active(name) as (model, tokenizer), quiet_logging():
-        encoded = [encode(tokenizer, row) for row in rows]
-        check_token_ids(model, [row.input_ids for row in encoded])
-        _check_lengths(rows, encoded, context_window(model))
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        for batch in _batches(encoded, batch_size, vocabulary):
-            cancellation.check()
-            for index, nll in zip(batch, _batch_nll(model, [encoded[i] for i in batch]), strict=True):
-                scores[index] = RowScore(rows[index].id, nll, len(_targets(encoded[index])))
-            progress(Progress("score", len(scores), len(rows), "rows", name))
-    return [scores[index] for index in range(len(rows))]
+    if reference is not None and reference not in names:
+        raise DataError("The reference is not among the scored variants.", expected=", ".join(names), found=reference)
+    job = _Job(variants, rows, reference, cancellation or Cancellation())
+    job.on_done, job.progress, job.rows_at_once = on_done, progress, rows_at_once
+    job.total = len(dict.fromkeys(names)) * len(rows)
+    waiting = list(dict.fromkeys(names))
+    with quiet_logging():
+        for name in waiting:
+            job.encode(name)
+        while waiting:
+            company = variants.companies(waiting)[0]
+            try:
+                job.run(company)
+            except NotRowwiseError as error:
+                variants.run_in_turn(str(error))
+                continue
+            waiting = [name for name in waiting if name not in company]
+    return {name: [job.scores[name][index] for index in range(len(rows))] for name in names}
 
 
 def token_logits(variants: VariantSet, name: str, input_ids: Sequence[int], keep: int | slice) -> torch.Tensor:
-    """The logits of one sequence, alone in its batch and without padding.
+    """The logits of one sequence, alone in its batch and without padding, an adapter's by PEFT's own forward.
 
     Args:
         variants: the loaded variants.
@@ -108,7 +101,7 @@ def token_logits(variants: VariantSet, name: str, input_ids: Sequence[int], keep
     positions = range(len(input_ids))[keep if isinstance(keep, slice) else slice(max(0, len(input_ids) - keep), None)]
     with variants.active(name) as (model, _), quiet_logging():
         check_token_ids(model, [input_ids])
-        window = context_window(model)
+        window = variants.context_window(name)
         if window is not None and len(input_ids) > window:
             raise PromptError(
                 "The sequence is longer than the model's context window.", expected=window, found=len(input_ids)
@@ -117,12 +110,78 @@ def token_logits(variants: VariantSet, name: str, input_ids: Sequence[int], keep
         return _logits(model, batch, list(positions))[0].float()
 
 
+class _Job:
+    """What is to be scored, and what is done of it."""
+
+    on_done: OnScore | None = None
+    progress: ProgressCallback = no_progress
+    rows_at_once = ROWS_AT_ONCE
+    total = 0
+
+    def __init__(
+        self, variants: VariantSet, rows: Sequence[ScoredRow], reference: str | None, cancellation: Cancellation
+    ) -> None:
+        self.variants, self.rows, self.reference, self.cancellation = variants, rows, reference, cancellation
+        self.scores: dict[str, dict[int, RowScore]] = {}
+        self._encoded: dict[int, list[Encoded]] = {}
+
+    def encode(self, name: str) -> list[Encoded]:
+        """The rows' tokens under one variant's tokenizer; rows that are too long are refused."""
+        tokenizer = self.variants.tokenizer(name)
+        if id(tokenizer) not in self._encoded:
+            self._encoded[id(tokenizer)] = [_encode(tokenizer, row) for row in self.rows]
+        _check_lengths(self.rows, self._encoded[id(tokenizer)], self.variants.context_window(name))
+        return self._encoded[id(tokenizer)]
+
+    def run(self, company: Sequence[str]) -> None:
+        """All rows under variants that are in memory together, and the reference with them."""
+        names = list(company)
+        if self.reference is not None and self.reference not in names:
+            same_tokens = self.encode(self.reference) == self.encode(names[0])
+            names = [self.reference, *names] if same_tokens else names
+        names.sort(key=lambda name: name != self.reference)
+        encoded = self.encode(names[-1])
+        for batch in self._batches(names[-1], encoded):
+            self.cancellation.check()
+            self._run_batch(batch, names, encoded)
+
+    def _batches(self, name: str, encoded: Sequence[Encoded]) -> list[list[int]]:
+        with self.variants.running([name]) as (model, _, _):
+            check_token_ids(model, [row.input_ids for row in encoded])
+            vocabulary = model.get_output_embeddings().weight.shape[0]
+        return list(_batches(encoded, self.rows_at_once, vocabulary))
+
+    def _run_batch(self, batch: Sequence[int], names: Sequence[str], encoded: Sequence[Encoded]) -> None:
+        rows = [encoded[index] for index in batch]
+        compared: list[torch.Tensor] | None = None
+        for name in names:
+            with self.variants.running([name] * len(rows)) as (model, _, _):
+                logits = _batch_logits(model, rows)
+            if name == self.reference and len(names) > 1:
+                compared = logits
+            if len(self.scores.get(name, ())) == len(self.rows):
+                continue  # the reference, beside one more variant
+            others = compared if name != self.reference else None
+            for place, index in enumerate(batch):
+                other = None if others is None else others[place]
+                found = _row_score(self.rows[index].id, rows[place], logits[place], other)
+                self.scores.setdefault(name, {})[index] = found
+                if self.on_done is not None:
+                    self.on_done(name, index, found)
+            done = sum(map(len, self.scores.values()))
+            self.progress(Progress("score", done, self.total, "rows", name))
+
+
+def _encode(tokenizer: Any, row: ScoredRow) -> Encoded:
+    return encode(tokenizer, row) if isinstance(row, Conversation) else encode_text(tokenizer, row)
+
+
 def _targets(row: Encoded) -> list[int]:
     """Places of the supervised tokens; the first token of all has nothing before it to be predicted from."""
     return [place for place, supervised in enumerate(row.supervised) if supervised and place > 0]
 
 
-def _check_lengths(rows: Sequence[Conversation], encoded: Sequence[Encoded], window: int | None) -> None:
+def _check_lengths(rows: Sequence[ScoredRow], encoded: Sequence[Encoded], window: int | None) -> None:
     if window is None:
         return
     too_long = [
@@ -136,22 +195,23 @@ def _check_lengths(rows: Sequence[Conversation], encoded: Sequence[Encoded], win
         )
 
 
-def _batches(encoded: Sequence[Encoded], batch_size: int, vocabulary: int) -> list[list[int]]:
+def _batches(encoded: Sequence[Encoded], rows_at_once: int, vocabulary: int) -> Iterator[list[int]]:
     """Row indexes in batches of similar length, so that little is padded."""
     most_positions = _LOGITS_BUDGET_BYTES // (4 * vocabulary)
-    batches: list[list[int]] = []
+    batch: list[int] = []
     wanted: set[int] = set()
     for index in sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids)):
-        wanted = wanted | set(_targets(encoded[index]))
-        if batches and len(batches[-1]) < batch_size and len(wanted) * (len(batches[-1]) + 1) <= most_positions:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            wanted = set(_targets(encoded[index]))
-    return batches
+        wanted |= set(_targets(encoded[index]))
+        if batch and (len(batch) >= rows_at_once or len(wanted) * (len(batch) + 1) > most_positions):
+            yield batch
+            batch, wanted = [], set(_targets(encoded[index]))
+        batch.append(index)
+    if batch:
+        yield batch
 
 
-def _batch_nll(model: Any, rows: Sequence[Encoded]) -> list[float]:
+def _batch_logits(model: Any, rows: Sequence[Encoded]) -> list[torch.Tensor]:
+    """Of every row the logits (tokens, vocabulary) of its supervised tokens, in the model's dtype."""
     import torch
 
     width = max(len(row.input_ids) for row in rows)
@@ -162,10 +222,7 @@ def _batch_nll(model: Any, rows: Sequence[Encoded]) -> list[float]:
     positions = sorted({place - 1 for places in targets for place in places})
     column = {position: index for index, position in enumerate(positions)}
     logits = _logits(model, input_ids, positions)
-    return [
-        _nll(logits[row], [column[place - 1] for place in places], [rows[row].input_ids[place] for place in places])
-        for row, places in enumerate(targets)
-    ]
+    return [logits[row, [column[place - 1] for place in places]] for row, places in enumerate(targets)]
 
 
 def _logits(model: Any, input_ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
@@ -182,14 +239,20 @@ def _logits(model: Any, input_ids: torch.Tensor, positions: list[int]) -> torch.
     return result
 
 
-def _nll(logits: torch.Tensor, columns: list[int], tokens: list[int]) -> float:
-    """Sum of −log p of ``tokens`` at ``columns`` of logits (columns, vocabulary), in nats."""
+def _row_score(row_id: str, row: Encoded, logits: torch.Tensor, reference: torch.Tensor | None) -> RowScore:
+    """Score one row by its logits (tokens, vocabulary), and by the reference's of the same tokens."""
     import torch
 
-    total = 0.0
-    for start in range(0, len(columns), _POSITIONS_AT_ONCE):
-        chosen = logits[columns[start : start + _POSITIONS_AT_ONCE]].float()
-        wanted = torch.tensor(tokens[start : start + _POSITIONS_AT_ONCE], device=logits.device)
-        losses = torch.nn.functional.cross_entropy(chosen, wanted, reduction="none")
-        total += losses.double().sum().item() if logits.device.type != "mps" else losses.sum().item()
-    return total
+    tokens = torch.tensor([row.input_ids[place] for place in _targets(row)], device=logits.device)
+    log_probs: list[float] = []
+    correct, divergence = 0, 0.0
+    for start in range(0, len(tokens), _POSITIONS_AT_ONCE):
+        chosen, part = logits[start : start + _POSITIONS_AT_ONCE].float(), tokens[start : start + _POSITIONS_AT_ONCE]
+        log_probs += (-torch.nn.functional.cross_entropy(chosen, part, reduction="none")).tolist()
+        correct += int((chosen.argmax(-1) == part).sum())
+        if reference is not None:
+            p = reference[start : start + _POSITIONS_AT_ONCE].float().log_softmax(-1)
+            q = chosen.log_softmax(-1)
+            divergence += float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
+    kl = None if reference is None else max(0.0, divergence / len(tokens))
+    return RowScore(row_id, tuple(log_probs), correct, kl)

@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
-from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAIN_INITS
+from tunesmith.adapter import ADAPTER_WEIGHTS
 from tunesmith.errors import (
-    AdapterError,
     AdapterMismatchError,
     BaseModelError,
     CheckpointError,
     DataError,
-    TunesmithError,
     UnsupportedAdapterError,
 )
 from tunesmith.models.compute import dtype_name
+from tunesmith.models.full import FullModels
+from tunesmith.models.loading import load_config, load_model, load_tokenizer, read_adapter_config, refuse_keys, told
 from tunesmith.models.quiet import quiet_loading
+from tunesmith.models.rows import Routing, RowAdapters
 from tunesmith.progress import Progress, ProgressCallback, no_progress
 from tunesmith.record import Part
 
 BASE = "base"
-_SHOWN_KEYS = 10
 _SAMPLED = 256
-# These act through hooks of PeftModel.forward, or rebuild the base.
-_NOT_BESIDE_A_BASE = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 
 
 class Variant(Part):
@@ -59,7 +57,16 @@ class VariantSet:
         device: where they live.
     """
 
-    def __init__(self, variants: Sequence[Variant], model: Any, tokenizer: Any, *, dtype: str, device: str) -> None:
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        model: Any,
+        tokenizer: Any,
+        *,
+        dtype: str,
+        device: str,
+        memory_budget_bytes: int | None = None,
+    ) -> None:
         self.variants = tuple(variants)
         self.dtype = dtype
         self.device = device
@@ -69,7 +76,10 @@ class VariantSet:
         self._peft: Any = None
         self._adapter_keys: dict[str, str] = {}
         self._adapters_made = 0
-        self._full: tuple[str, Any, Any] | None = None
+        self._full = FullModels(memory_budget_bytes)
+        self._tokenizers: dict[str, Any] = {}
+        self._rows: RowAdapters | None = None
+        self._refused: str | None = None
         self._current = BASE
         self._lock = threading.RLock()
 
@@ -83,6 +93,7 @@ class VariantSet:
         tokenizer_dir: str | Path,
         dtype: str = "float32",
         device: str = "cpu",
+        memory_budget_bytes: int | None = None,
         progress: ProgressCallback = no_progress,
     ) -> VariantSet:
         """Load the base once and put every adapter beside it; full models are loaded when they are first active.
@@ -94,6 +105,7 @@ class VariantSet:
             tokenizer_dir: where the tokenizer of the base and the adapters is: the run's.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             device: ``cpu``, ``cuda`` or ``mps``.
+            memory_budget_bytes: what full models may take together; None for half of the memory that is free.
             progress: called with the stage ``load``, in models.
 
         Raises:
@@ -114,12 +126,14 @@ class VariantSet:
         total = 1 + len(adapters)
         progress(Progress("load", 0, total, "models", BASE))
         with quiet_loading():
-            tokenizer = _load_tokenizer(Path(tokenizer_dir))
-            model = _load_model(Path(base_dir), dtype=dtype, device=device, error=BaseModelError)
-            result = cls(variants, model, tokenizer, dtype=dtype, device=device)
-            for done, (name, path) in enumerate(adapters.items(), 1):
+            tokenizer = load_tokenizer(Path(tokenizer_dir))
+            model = load_model(Path(base_dir), dtype=dtype, device=device, error=BaseModelError)
+            result = cls(
+                variants, model, tokenizer, dtype=dtype, device=device, memory_budget_bytes=memory_budget_bytes
+            )
+            for done, name in enumerate(sorted(adapters, key=lambda name: _trains_tokens(Path(adapters[name]))), 1):
                 progress(Progress("load", done, total, "models", name))
-                result._attach(name, Path(path))
+                result._attach(name, Path(adapters[name]))
         result._select(BASE)
         progress(Progress("load", total, total, "models"))
         return result
@@ -161,7 +175,7 @@ class VariantSet:
         with self._lock:
             if variant.kind == "full":
                 with torch.no_grad():
-                    yield self._load_full(variant)
+                    yield self._full.get(variant.path, dtype=self.dtype, device=self.device)
                 return
             before = self._current
             try:
@@ -170,6 +184,98 @@ class VariantSet:
                     yield self._model, self._tokenizer
             finally:
                 self._select(before)
+
+    def tokenizer(self, name: str) -> Any:
+        """A variant's tokenizer; no full model is loaded for it.
+
+        Raises:
+            DataError: there is no such variant.
+            CheckpointError: a full model's tokenizer cannot be loaded.
+        """
+        variant = self.variant(name)
+        if variant.kind != "full":
+            return self._tokenizer
+        if name not in self._tokenizers:
+            with quiet_loading():
+                self._tokenizers[name] = load_tokenizer(Path(variant.path))
+        return self._tokenizers[name]
+
+    def context_window(self, name: str) -> int | None:
+        """The most tokens that a variant was made for, or None where its config does not say; loads no full model.
+
+        Raises:
+            DataError: there is no such variant.
+            CheckpointError: a full model's config cannot be read.
+        """
+        variant = self.variant(name)
+        config = self._model.config if variant.kind != "full" else load_config(Path(variant.path))
+        return context_window(config)
+
+    @property
+    def in_turn(self) -> Mapping[str, str]:
+        """Adapters that cannot run beside others in one batch, by name, each with the kind of module that is why."""
+        rows = self._row_adapters()
+        return {name: rows.in_turn[key] for name, key in self._adapter_keys.items() if key in rows.in_turn}
+
+    @property
+    def full_bytes(self) -> tuple[int, int]:
+        """What full models take in memory now, and what they may take together, in bytes."""
+        return self._full.size_bytes, self._full.budget_bytes
+
+    def companies(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Split variants into those that run beside each other in one batch.
+
+        Args:
+            names: variants; a name may stand there more than once.
+
+        Raises:
+            DataError: there is no such variant.
+        """
+        distinct, in_turn = dict.fromkeys(names), self.in_turn
+        together = [name for name in distinct if self.variant(name).kind != "full" and name not in in_turn]
+        return [tuple(together)] * bool(together) + [(name,) for name in distinct if name not in together]
+
+    def run_in_turn(self, module: str) -> None:
+        """Have adapters run one after another from now on, because a module is not given the rows of a batch.
+
+        Args:
+            module: its kind.
+        """
+        self._refused = module
+        self._row_adapters().refuse(module)
+
+    @contextmanager
+    def running(self, names: Sequence[str]) -> Iterator[tuple[Any, Any, Routing | None]]:
+        """Have the model of rows of variants, each row with its own adapter, under ``torch.no_grad``.
+
+        Args:
+            names: a variant for every row, those of one variant beside each other; all of one company.
+
+        Yields:
+            The ``PreTrainedModel``, its tokenizer, and the routing, which must be told of rows that leave the batch;
+            None where the model is one variant as it is.
+
+        Raises:
+            DataError: there is no such variant.
+            CheckpointError: a full model cannot be loaded.
+        """
+        (company,) = self.companies(names)
+        with self._lock:
+            if self.variant(company[0]).kind == "full" or company[0] in self.in_turn:
+                with self.active(company[0]) as (model, tokenizer), RowAdapters(model, ()).routed(Routing(())):
+                    yield model, tokenizer, None
+                return
+            routing = Routing([self._adapter_keys.get(name) for name in names])
+            with self.active(BASE) as (model, tokenizer), self._row_adapters().routed(routing):
+                yield model, tokenizer, routing
+
+    def _row_adapters(self) -> RowAdapters:
+        with self._lock:
+            if self._rows is None:
+                self._rows = RowAdapters(self._model, tuple(self._adapter_keys.values()))
+                if self._refused is not None:
+                    self._rows.refuse(self._refused)
+            return self._rows
 
     @contextmanager
     def attached(self, name: str, path: str | Path) -> Iterator[Variant]:
@@ -224,8 +330,10 @@ class VariantSet:
     def _attach(self, name: str, path: Path) -> None:
         # PEFT makes module names of adapter names, so a dot or its own prefix in them would break it.
         key = f"variant{self._adapters_made}"
-        config = _read_adapter_config(path)
-        untouched = _fingerprint(self._model)
+        self._rows = None
+        config = read_adapter_config(path)
+        own = _bases_own(self._model, path) if config.bias == "none" else frozenset()
+        untouched = _fingerprint(self._model, uncounted=own)
         self._adapters_made += 1
         self._adapter_keys[name] = key
         try:
@@ -243,10 +351,10 @@ class VariantSet:
             )
         except Exception as error:
             raise AdapterMismatchError(
-                "The adapter cannot be put on this base model.", where=path, **_told(error)
+                "The adapter cannot be put on this base model.", where=path, **told(error)
             ) from error
-        _refuse_keys("The adapter does not fit this base model.", path, AdapterMismatchError, result)
-        if _fingerprint(self._model, only=untouched) != untouched:
+        refuse_keys("The adapter does not fit this base model.", path, AdapterMismatchError, result)
+        if _fingerprint(self._model, only=untouched, uncounted=own) != untouched:
             raise UnsupportedAdapterError(
                 "This adapter changes weights of the base itself, so it cannot live beside it unmerged.",
                 where=path,
@@ -260,6 +368,7 @@ class VariantSet:
         self._by_name.pop(name, None)
         self.variants = tuple(self._by_name.values())
         key = self._adapter_keys.pop(name, None)
+        self._rows = None
         if self._peft is not None and key in self._peft.peft_config:
             with quiet_loading():  # PEFT tells which adapter it makes active in its place
                 self._peft.delete_adapter(key)
@@ -268,20 +377,15 @@ class VariantSet:
                     self._model, self._peft = self._peft.unload(), None
         self._select(BASE if self._current == name else self._current)
 
-    def _load_full(self, variant: Variant) -> tuple[Any, Any]:
-        if self._full is None or self._full[0] != variant.name:
-            self._full = None  # one at a time: free the one before first
-            path = Path(variant.path)
-            with quiet_loading():
-                model = _load_model(path, dtype=self.dtype, device=self.device, error=CheckpointError)
-                self._full = (variant.name, model, _load_tokenizer(path))
-        _, model, tokenizer = self._full
-        return model, tokenizer
+
+def _trains_tokens(path: Path) -> bool:
+    """Whether an adapter replaces single tokens' rows; after one that does, PEFT can load none that does not."""
+    return bool(getattr(read_adapter_config(path), "trainable_token_indices", None))
 
 
-def context_window(model: Any) -> int | None:
-    """The most tokens that the model was made for, or None where its config does not say."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_window(config: Any) -> int | None:
+    """The most tokens that a model was made for, or None where its config does not say."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(window) if window else None
 
 
@@ -302,83 +406,27 @@ def check_token_ids(model: Any, sequences: Sequence[Sequence[int]]) -> None:
         )
 
 
-def _load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithError]) -> Any:
+def _bases_own(model: Any, path: Path) -> frozenset[int]:
+    """The base's weights, by ``id``, that an adapter's file repeats bit by bit, as PEFT saves an adapted embedding."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors import SafetensorError, safe_open
 
-    _require_files(path, ("config.json",), error)
-    if (path / "adapter_config.json").exists():
-        raise error("This directory holds an adapter, not a complete model.", where=path)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            # so that the misfits come back to us by name, instead of as a sentence on stderr
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as problem:
-        raise error("The model cannot be loaded.", where=path, **_told(problem)) from problem
-    details = [f"missing: {key}" for key in sorted(info["missing_keys"])]
-    details += [f"not part of the model: {key}" for key in sorted(info["unexpected_keys"])]
-    details += [
-        f"{key}: the config says {tuple(wanted)}, the file holds {tuple(found)}"
-        for key, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    if details:
-        raise error("The model's weights do not fit its config.", where=path, details=_shorten(details))
-    return model.to(device).eval().requires_grad_(False)
+    found = set()
+    parameters = {name.replace(".base_layer.", "."): tensor for name, tensor in model.named_parameters()}
+    with (
+        suppress(SafetensorError),
+        safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file,
+    ):  # PEFT tells what is wrong
+        for key in file.keys():  # noqa: SIM118 - it is no mapping
+            parameter = parameters.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            if parameter is not None and torch.equal(file.get_tensor(key).to(parameter), parameter):
+                found.add(id(parameter))
+    return frozenset(found)
 
 
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    _require_files(path, ("tokenizer_config.json",), CheckpointError)
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError("The tokenizer cannot be loaded.", where=path, **_told(error)) from error
-
-
-def _read_adapter_config(path: Path) -> Any:
-    from peft import PeftConfig
-
-    if (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).exists():
-        raise UnsupportedAdapterError(
-            "An adapter of mlx-lm's runs in mlx-lm only.",
-            where=path,
-            expected=ADAPTER_WEIGHTS,
-            found=MLX_WEIGHTS,
-            next_step="merge it with mlx_lm.fuse, and give the merged model's directory",
-        )
-    # PEFT would fall back to a pickle.
-    _require_files(path, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), AdapterError)
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except Exception as error:
-        raise AdapterError("The adapter's config cannot be read.", where=path, **_told(error)) from error
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        raise UnsupportedAdapterError(
-            "Only LoRA adapters can be run here.", where=path, expected="peft_type LORA", found=kind
-        )
-    strange = [field for field in _NOT_BESIDE_A_BASE if getattr(config, field, None)]
-    if config.init_lora_weights not in PLAIN_INITS:
-        strange.append("init_lora_weights")
-    if strange:
-        raise UnsupportedAdapterError(
-            "This adapter cannot be run beside its unchanged base.",
-            where=path,
-            details=[f"{field} = {getattr(config, field)!r}" for field in strange],
-        )
-    config.inference_mode = True
-    return config
-
-
-def _fingerprint(model: Any, only: Mapping[int, object] | None = None) -> dict[int, object]:
+def _fingerprint(
+    model: Any, only: Mapping[int, object] | None = None, *, uncounted: frozenset[int] = frozenset()
+) -> dict[int, object]:
     """Where every tensor of the model lies, how often it was written, and the sum of a sample of its elements.
 
     Cheap evidence that nobody changed it: loading into it counts as writing, and methods that change the base on
@@ -387,9 +435,10 @@ def _fingerprint(model: Any, only: Mapping[int, object] | None = None) -> dict[i
     Args:
         model: a torch module.
         only: look at these tensors alone, by ``id``.
+        uncounted: tensors, by ``id``, that may be written again with what they hold.
     """
     return {
-        id(tensor): (tensor.data_ptr(), tensor._version, _sample(tensor))
+        id(tensor): (tensor.data_ptr(), 0 if id(tensor) in uncounted else tensor._version, _sample(tensor))
         for tensor in (*model.parameters(), *model.buffers())
         if only is None or id(tensor) in only
     }
@@ -398,38 +447,3 @@ def _fingerprint(model: Any, only: Mapping[int, object] | None = None) -> dict[i
 def _sample(tensor: Any) -> float:
     flat = tensor.detach().reshape(-1)
     return float(flat[:: max(1, flat.numel() // _SAMPLED)].float().nan_to_num().sum())
-
-
-def _refuse_keys(what: str, path: Path, error: type[TunesmithError], result: Any) -> None:
-    details = [f"missing: {key}" for key in sorted(result.missing_keys)]
-    details += [f"not part of the model: {key}" for key in sorted(result.unexpected_keys)]
-    if details:
-        raise error(what, where=path, details=_shorten(details))
-
-
-def _require_files(path: Path, names: Sequence[str], error: type[TunesmithError]) -> None:
-    if not path.is_dir():
-        raise error("There is no such directory.", where=path)
-    absent = [name for name in names if not (path / name).is_file()]
-    if absent:
-        raise error("The directory lacks a file.", where=path, expected=", ".join(absent))
-
-
-def _shorten(details: list[str]) -> list[str]:
-    more = len(details) - _SHOWN_KEYS
-    return details if more <= 0 else [*details[:_SHOWN_KEYS], f"… and {more} more"]
-
-
-class _Told(TypedDict):
-    found: str
-    details: list[str]
-
-
-def _told(error: BaseException) -> _Told:
-    """What a library's exception says: its first line, and the others as details.
-
-    Loading catches every exception of the libraries, because safetensors and tokenizers raise bare ``Exception`` for a
-    broken file; the original is kept as the cause.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return {"found": lines[0], "details": _shorten(lines[1:])}

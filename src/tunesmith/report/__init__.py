@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from tunesmith.report.charts import to_png as to_png
     from tunesmith.report.charts import to_svg as to_svg
     from tunesmith.report.charts import weights_map_spec as weights_map_spec
+    from tunesmith.report.evaluation import evaluation_markdown as evaluation_markdown
     from tunesmith.report.html import render_report as render_report
     from tunesmith.report.html import write_report as write_report
 
 _HOME = {
     **dict.fromkeys(("render_report", "write_report"), "html"),
     **dict.fromkeys(("loss_spec", "heatmap_spec", "weights_map_spec", "smooth"), "charts"),
+    "evaluation_markdown": "evaluation",
     **dict.fromkeys(("to_svg", "to_png", "loss_png", "eval_loss_png"), "charts"),
 }
 

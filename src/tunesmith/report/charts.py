@@ -12,9 +12,18 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.adapter.records import READING_ORDER, AdapterFacts
-from tunesmith.compare import CheckpointChoice
+from tunesmith.compare import CheckpointChoice, Evaluation
 from tunesmith.models import BASE
 from tunesmith.report.escaping import visible
+from tunesmith.report.evaluation import (
+    SECTIONS,
+    MeasureRow,
+    measure_name,
+    measure_rows,
+    only_variant,
+    shown,
+    shown_interval,
+)
 from tunesmith.report.texts import text
 from tunesmith.runs import Run
 from tunesmith.verify import Verdict
@@ -24,6 +33,14 @@ Points = list[tuple[int, float]]
 
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 _VEGA_LITE = "5.21"
+_VERDICTS = {  # colour, shape, and whether it is filled: none of them alone has to be told apart
+    "better": ("#3f9b6c", "triangle-up", True),
+    "worse": ("#d9534a", "triangle-down", True),
+    "different": ("#4c7fd9", "diamond", True),
+    "no_difference": ("#8b949e", "circle", False),
+    "unknown": ("#8b949e", "square", False),
+}
+_LONGEST_NAME = 28  # characters of a label
 _FONT = "PingFang SC, Microsoft YaHei, Noto Sans CJK SC, sans-serif"
 # Ink becomes currentColor in an SVG; the other hues read on white and on near-black alike.
 _INK = "#24292f"
@@ -157,6 +174,114 @@ def choice_spec(choice: CheckpointChoice, lang: str = "en") -> Spec | None:
             {"data": {"values": [{}]}, "mark": words, "encoding": {**across, "x": {"value": 0}}},
         ]
     return _chart({"width": 800, "height": 200, "data": {"values": points}, "layer": layers})
+
+
+def evaluation_spec(evaluation: Evaluation, lang: str = "en") -> Spec | None:
+    """Every difference to the base with its 95 % interval, about a line at zero: better is right of it, worse left.
+
+    Differences of one unit share a scale within their section; units cannot be compared with each other.
+
+    Args:
+        evaluation: the evaluation; what is not finite is left out.
+        lang: language of its labels.
+
+    Returns:
+        A Vega-Lite specification, or None where no difference was taken.
+    """
+    several = only_variant(evaluation) is None
+    fields = []
+    for section in SECTIONS:
+        rows = [row for row in measure_rows(evaluation, section) if row.figure.difference]
+        points = _interval_points(rows, lang, several=several)
+        if points:
+            fields.append(_interval_field(points, text(f"evaluation.section.{section}", lang)))
+    if not fields:
+        return None
+    sides = {"data": {"values": [{}]}, "width": 480, "height": 14, "layer": _sides(lang)}
+    spec = _chart({"vconcat": [sides, *fields], "spacing": 14})
+    spec["config"]["axis"]["labelLimit"] = 0
+    return spec
+
+
+def _interval_points(rows: Sequence[MeasureRow], lang: str, *, several: bool) -> list[Spec]:
+    """Lines of the chart, turned and scaled: −1 to 1, better to the right."""
+    widest: dict[str, float] = {}
+    finite = []
+    for row in rows:
+        change = row.figure.difference
+        ends = [end for end in (change.value, change.low, change.high) if end is not None] if change else []
+        if change and all(map(math.isfinite, ends)):
+            widest[row.measure.unit] = max([widest.get(row.measure.unit, 0.0), *map(abs, ends)])
+            finite.append((row, change))
+    points = []
+    for row, change in finite:
+        turn = (-1 if row.measure.higher_is_better is False else 1) / (widest[row.measure.unit] or 1.0)
+        name = _shortened(measure_name(row.measure, lang))
+        interval = "" if row.interval is None else f" ({shown_interval(row, lang)})"
+        told = f"{shown(row.measure, 'change', lang, value=change.value)}{interval}"
+        points.append(
+            {
+                "name": f"{name} · {_shortened(row.figure.variant)}" if several else name,
+                "at": turn * change.value,
+                "low": turn * (change.value if change.low is None else change.low),
+                "high": turn * (change.value if change.high is None else change.high),
+                "verdict": row.figure.verdict or "unknown",
+                "told": told.replace("-", "−"),
+            }
+        )
+    return points
+
+
+def _interval_field(points: list[Spec], title: str) -> Spec:
+    """One section: a line a difference, in the order of the tables."""
+    names = list(dict.fromkeys(point["name"] for point in points))
+    bare = {"domain": False, "ticks": False, "title": None}
+    y = {"field": "name", "type": "ordinal", "scale": {"domain": names}, "axis": {**bare, "minExtent": 170}}
+    scale = {"domain": [-1.08, 1.08], "nice": False}
+    x = {"field": "at", "type": "quantitative", "scale": scale, "axis": None}
+    domain = list(_VERDICTS)
+    of_verdict = {"field": "verdict", "type": "nominal", "legend": None}
+    color = {**of_verdict, "scale": {"domain": domain, "range": [_VERDICTS[name][0] for name in domain]}}
+    shape = {**of_verdict, "scale": {"domain": domain, "range": [_VERDICTS[name][1] for name in domain]}}
+    hollow = " || ".join(f"datum.verdict == '{name}'" for name in domain if not _VERDICTS[name][2])
+    fill = {"condition": {"test": hollow, "value": "transparent"}, **color}
+    zero = {"data": {"values": [{"at": 0}]}, "mark": {"type": "rule", "strokeDash": [4, 4], "color": _QUIET}}
+    return {
+        "width": 480,
+        "height": 22 * len(names),
+        "title": {"text": title, "anchor": "start", "fontSize": 12, "fontWeight": 600, "frame": "bounds"},
+        "data": {"values": points},
+        "layer": [
+            {**zero, "encoding": {"x": x}},
+            {
+                "mark": {"type": "rule", "strokeWidth": 4, "opacity": 0.4, "strokeCap": "round"},
+                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": color},
+            },
+            {
+                "mark": {"type": "point", "size": 80, "opacity": 1, "strokeWidth": 1.75},
+                "encoding": {"x": x, "y": y, "stroke": color, "fill": fill, "shape": shape},
+            },
+            {
+                "mark": {"type": "text", "align": "left", "color": _INK, "opacity": 0.85, "fontSize": 11},
+                "encoding": {"x": {"value": 492}, "y": y, "text": {"field": "told"}},
+            },
+        ],
+    }
+
+
+def _sides(lang: str) -> list[Spec]:
+    """What lies left and right of the line."""
+    drawn = []
+    for place, align, key in ((234, "right", "worse"), (246, "left", "better")):
+        mark = {"type": "text", "align": align, "color": _INK, "opacity": 0.75, "fontSize": 11}
+        words = text(f"evaluation.chart.{key}", lang)
+        drawn.append({"mark": {**mark, "text": words}, "encoding": {"x": {"value": place}, "y": {"value": 7}}})
+    return drawn
+
+
+def _shortened(name: str) -> str:
+    name = " ".join(visible(name).split())
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"  # paths differ at their end
 
 
 def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | None:

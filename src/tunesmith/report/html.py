@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunesmith.adapter.records import AdapterFacts
-from tunesmith.compare import CheckpointChoice, Comparison
+from tunesmith.compare import CheckpointChoice, Comparison, Evaluation, Measure
 from tunesmith.merge import Forecast, Merged
 from tunesmith.record import Finding
 from tunesmith.report import charts, units, view
 from tunesmith.report.escaping import prose, visible
+from tunesmith.report.evaluation import MARKS, evaluation_view, measure_about, measure_name, shown
 from tunesmith.report.texts import LANGUAGES, finding_text, text
 from tunesmith.report.view import Line
 from tunesmith.runs import Run
@@ -42,6 +43,7 @@ class Parts(TypedDict):
         comparison: replies and scores of base and fine-tune.
         merged: the merge.
         verdict: its verification.
+        evaluation: whether the fine-tune helped, and what it broke.
     """
 
     run: Run
@@ -52,6 +54,7 @@ class Parts(TypedDict):
     comparison: NotRequired[Comparison | None]
     merged: NotRequired[Merged | None]
     verdict: NotRequired[Verdict | None]
+    evaluation: NotRequired[Evaluation | None]
 
 
 def render_report(
@@ -64,11 +67,13 @@ def render_report(
     comparison: Comparison | None = None,
     merged: Merged | None = None,
     verdict: Verdict | None = None,
+    evaluation: Evaluation | None = None,
 ) -> str:
     """Render the records as one HTML document.
 
-    A part that is None becomes one line that says which command adds it; where there is none of comparison, merge and
-    verification, the document is about the run directory and its health alone.  Text of models, file names and data is
+    A part that is None becomes one line that says which command adds it; where there is none of comparison, evaluation,
+    merge and verification, the document is about the run directory and its health alone.  An evaluation leads where
+    nothing was merged or verified.  Text of models, file names and data is
     escaped, and characters that would steer the display are shown by name.  The document asks no server for
     anything; its content security policy forbids any script but its own.
 
@@ -78,7 +83,7 @@ def render_report(
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts: dict[str, Any] = {
-        "run_only": comparison is None and merged is None and verdict is None,
+        "run_only": comparison is None and evaluation is None and merged is None and verdict is None,
         "state_of_run": view.health_state(run.findings if health is None else health),
         "health": run.findings if health is None else health,
         "headline": view.headline(run, merged, verdict),
@@ -87,6 +92,9 @@ def render_report(
         "choice_charts": _drawn(charts.choice_spec, choice),
         "effect": view.effect(comparison) if comparison else None,
         "exchanges": view.exchanges(comparison) if comparison else ([], []),
+        "evaluated": evaluation_view(evaluation) if evaluation else None,
+        "evaluation_leads": evaluation is not None and merged is None and verdict is None,
+        "evaluation_charts": _drawn(charts.evaluation_spec, evaluation),
         "fact_groups": view.fact_groups(run, adapter, forecast),
         "files": view.file_groups(run),
         "needs": view.file_needs(run),
@@ -103,6 +111,7 @@ def render_report(
         run=run,
         adapter=adapter,
         comparison=comparison,
+        evaluation=evaluation,
         merged=merged,
         verdict=verdict,
         style=_markup(_asset("report.css")),
@@ -148,8 +157,13 @@ def _template() -> Template:
         "line": _both_of_line,
         "finding": _both_of_finding,
         "raw_text": text,
+        "verdict_mark": MARKS.__getitem__,
+        "measured": _both_measured,
+        "measure_name": _both_names,
+        "measure_about": _both_meanings,
         "command": view.command,
         "differing_texts": view.differing_texts,
+        "mark_counts": view.mark_counts,
         "plain": view.plain,
     }
     environment.filters |= {
@@ -182,7 +196,22 @@ def _both_of_finding(of: Finding) -> Markup:
     return _spans([(lang, prose(finding_text(of, lang))) for lang in LANGUAGES])
 
 
+def _both_measured(measure: Measure, form: str, **figures: float | None) -> Markup:
+    return _spans([(lang, prose(shown(measure, form, lang, **figures).replace("-", "−"))) for lang in LANGUAGES])
+
+
+def _both_names(measure: Measure) -> Markup:
+    return _spans([(lang, prose(measure_name(measure, lang))) for lang in LANGUAGES])
+
+
+def _both_meanings(measure: Measure) -> Markup:
+    return _spans([(lang, prose(measure_about(measure, lang))) for lang in LANGUAGES])
+
+
 def _spans(pairs: list[tuple[str, Markup]]) -> Markup:
+    """The languages' texts, of which the page shows one; a text that is the same in all of them once."""
+    if len({content for _, content in pairs}) == 1:
+        return pairs[0][1]
     return _markup("").join(
         _markup('<span lang="{}">{}</span>').format(_HTML_LANGUAGE[lang], content) for lang, content in pairs
     )

@@ -44,6 +44,24 @@
   }
   document.querySelector(".switches").hidden = false;
 
+  const filters = document.querySelector(".filters");
+  if (filters) {
+    filters.hidden = false;
+    filters.addEventListener("click", (event) => {
+      const button = event.target.closest("button");
+      if (!button) return;
+      const wanted = button.dataset.filter;
+      for (const each of filters.querySelectorAll("button")) each.setAttribute("aria-pressed", String(each === button));
+      for (const article of filters.parentElement.querySelectorAll("article")) {
+        article.hidden = wanted !== "" && !(article.dataset.marks || "").split(" ").includes(wanted);
+      }
+      for (const fold of filters.parentElement.querySelectorAll("details.fold")) {
+        fold.open = wanted !== "";
+        fold.hidden = !fold.querySelector("article:not([hidden])");
+      }
+    });
+  }
+
   let folded = [];
   addEventListener("beforeprint", () => {
     folded = [...document.querySelectorAll("details:not([open])")];

@@ -65,3 +65,26 @@ def loss_figure(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return figure(value)
     return f"{value:.3f}".replace("-", "−")
+
+
+def nats(value: float) -> str:
+    """A loss, or a difference of two, to three decimals; below a hundredth to two significant digits."""
+    if not 1e-6 <= abs(value) < 1e6:
+        return loss_figure(value) if value == 0 else figure(value)
+    if abs(value) >= 0.00995:
+        return loss_figure(value)
+    digits = 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share, or a relative change, in per cent to one decimal; a huge one to three significant digits."""
+    return f"{points(share)}%"
+
+
+def points(share: float) -> str:
+    """A share in hundredths to one decimal, without a sign of its unit."""
+    hundredths = 100 * share
+    if not math.isfinite(hundredths) or abs(hundredths) >= 10000:
+        return figure(hundredths)
+    return f"{round(hundredths, 1) + 0.0:,.1f}".replace("-", "−")  # no −0.0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from tunesmith.adapter.records import AdapterFacts
-from tunesmith.compare import Comparison, Reply, Score, Segment, VariantInfo, word_diff
+from tunesmith.compare import MARKS, Comparison, Marks, Reply, Score, Segment, VariantInfo, marks_of, word_diff
 from tunesmith.conversations import Conversation, Message
 from tunesmith.merge import Forecast, Kept, Merged, TensorFidelity
 from tunesmith.record import Finding
@@ -153,77 +154,118 @@ def _judgement(score: Score) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One variant's reply, in marked pieces: (kind, text), kind ``same`` or ``mark``; None where it gave none."""
+    """One variant's reply, in marked pieces: (kind, text), kind ``same`` or ``mark``; None where it gave none.
+
+    ``tags`` are keys of texts: what is to be seen at this reply.
+    """
 
     variant: VariantInfo
     reply: Reply | None
     pieces: tuple[tuple[str, str], ...]
     role: str = ""
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question with every variant's reply."""
+    """One question with every variant's reply; ``marks`` are those of :data:`MARKS` that one of its replies bears."""
 
     conversation: Conversation
     system: str | None
     earlier: tuple[Message, ...]
     columns: tuple[Column, ...]
-    note: Line | None
+    note: Line | None = None
+    marks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, conversation: Conversation, columns: Sequence[Column], note: Line | None = None, marks: Sequence[str] = ()
+    ) -> Exchange:
+        """The exchange of a conversation, whose system prompt and earlier turns stand apart from its question."""
+        turns = list(conversation.prompt)
+        return cls(
+            conversation=conversation,
+            system=next((turn.content for turn in turns if turn.role == "system"), None),
+            earlier=tuple(turn for turn in turns[:-1] if turn.role != "system"),
+            columns=tuple(columns),
+            note=note,
+            marks=tuple(marks),
+        )
 
 
 def exchanges(comparison: Comparison) -> tuple[list[Exchange], list[Exchange]]:
     """Every question: those shown at once, and those behind a fold."""
     replies = {(reply.prompt_id, reply.variant): reply for reply in comparison.replies}
-    shown = [_exchange(comparison, prompt, replies) for prompt in comparison.prompts]
+    whole_prompts = [
+        prompt.id
+        for prompt in comparison.prompts
+        if all((prompt.id, variant.name) in replies for variant in comparison.variants)
+    ]
+    marks = marks_of(comparison.of_prompts(whole_prompts))
+    shown = [_exchange(comparison, prompt, replies, marks) for prompt in comparison.prompts]
     return shown[:_OPEN_PROMPTS], shown[_OPEN_PROMPTS:]
 
 
-def _exchange(comparison: Comparison, conversation: Conversation, replies: dict[tuple[str, str], Reply]) -> Exchange:
+def mark_counts(exchanges: Iterable[Exchange]) -> list[tuple[str, int]]:
+    """How many questions bear each mark; marks that none bears are left out."""
+    counts = Counter(mark for exchange in exchanges for mark in exchange.marks)
+    return [(mark, counts[mark]) for mark in MARKS if counts[mark]]
+
+
+def _exchange(
+    comparison: Comparison,
+    conversation: Conversation,
+    replies: dict[tuple[str, str], Reply],
+    marks: dict[tuple[str, str], Marks],
+) -> Exchange:
     answers = [replies.get((conversation.id, variant.name)) for variant in comparison.variants]
-    pieces = [_whole(reply.text) if reply else () for reply in answers]
+    pieces = [whole(reply.text) if reply else () for reply in answers]
     first, last = answers[0], answers[-1]
     note = None
     if len(answers) > 1 and first and last:
-        left, right, note = marked(first.text, last.text)
+        cut = "length" in (first.stop_reason, last.stop_reason)
+        left, right, note = marked(first.text, last.text, cut=cut)
         if note is not None and note.key == "outputs.same":
             note = line("outputs.same", left=first.variant, right=last.variant)
-        if "length" in (first.stop_reason, last.stop_reason):
-            note = line("outputs.cut", twice=2 * comparison.max_new_tokens)
+        if cut:
+            note = line("outputs.cut", twice=2 * comparison.settings.max_new_tokens)
         pieces[0], pieces[-1] = left, right
     roles = ["left"] + ["middle"] * (len(answers) - 2) + ["right"] if len(answers) > 1 else [""]
-    turns = list(conversation.prompt)
-    return Exchange(
-        conversation=conversation,
-        system=next((turn.content for turn in turns if turn.role == "system"), None),
-        earlier=tuple(turn for turn in turns[:-1] if turn.role != "system"),
-        columns=tuple(
-            Column(variant, reply, parts, role)
-            for variant, reply, parts, role in zip(comparison.variants, answers, pieces, roles, strict=True)
-        ),
-        note=note,
-    )
+    seen = [marks.get((conversation.id, variant.name), Marks()) for variant in comparison.variants]
+    columns = [
+        Column(variant, reply, parts, role, tuple(f"mark.{mark}" for mark in MARKS if getattr(its, mark)))
+        for variant, reply, parts, role, its in zip(comparison.variants, answers, pieces, roles, seen, strict=True)
+    ]
+    borne = [mark for mark in MARKS if any(getattr(its, mark) for its in seen)]
+    return Exchange.of(conversation, columns, note, borne)
 
 
 Pieces = tuple[tuple[str, str], ...]
 
 
-def marked(left: str, right: str) -> tuple[Pieces, Pieces, Line | None]:
-    """Both texts with what only one of them has marked, and a remark where marking says nothing."""
+def marked(left: str, right: str, *, cut: bool = False) -> tuple[Pieces, Pieces, Line | None]:
+    """Both texts with what only one of them has marked, and a remark where marking says nothing.
+
+    Where one of them was cut, nothing is marked after the last words that both have: what would have followed is not
+    known.
+    """
     if left == right:
-        return _whole(left), _whole(right), line("outputs.same", left="", right="")
+        return whole(left), whole(right), line("outputs.same", left="", right="")
     segments = word_diff(left, right)
     common = sum(len(segment.text) for segment in segments if segment.kind == "same")
     if 2 * common < _UNLIKE_BELOW * (len(left) + len(right)):
-        return _whole(left), _whole(right), line("outputs.unlike") if left and right else None
-    return _side(segments, "left"), _side(segments, "right"), None
+        return whole(left), whole(right), line("outputs.unlike") if left and right else None
+    compared = len(segments)
+    while cut and compared and segments[compared - 1].kind != "same":
+        compared -= 1
+    return _side(segments, "left", compared), _side(segments, "right", compared), None
 
 
-def _side(segments: Iterable[Segment], side: str) -> Pieces:
-    """One side's text in pieces, the space around a marked one left unmarked."""
+def _side(segments: Iterable[Segment], side: str, compared: int) -> Pieces:
+    """One side's text in pieces, the space around a marked one left unmarked; marked among the first segments only."""
     pieces: list[tuple[str, str]] = []
-    for segment in segments:
-        if segment.kind == "same":
+    for place, segment in enumerate(segments):
+        if segment.kind == "same" or (segment.kind == side and place >= compared):
             pieces.append(("same", segment.text))
         elif segment.kind == side:
             core = segment.text.strip()
@@ -232,7 +274,8 @@ def _side(segments: Iterable[Segment], side: str) -> Pieces:
     return tuple(piece for piece in pieces if piece[1])
 
 
-def _whole(text: str) -> Pieces:
+def whole(text: str) -> Pieces:
+    """A text of which nothing is marked, in pieces."""
     return (("same", text),) if text else ()
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversations import Conversation, encode_prompt
-from tunesmith.models import BASE, Generation, GenerationSettings, VariantSet, generate, token_logits
+from tunesmith.models import BASE, Generation, GenerationSettings, Request, VariantSet, generate, token_logits
 from tunesmith.progress import Cancellation, Progress, ProgressCallback
 from tunesmith.record import Finding, Value
 from tunesmith.verify.records import BehaviourRow, Divergence, TensorVerdict
@@ -186,7 +186,8 @@ def _answer(
     turns = [prompt.prompt for prompt in prompts]
     answers, ids = {}, {}
     for name in (ADAPTER, MERGED):
-        answers[name] = generate(variants, name, turns, settings, progress=progress, cancellation=cancellation)
+        requests = [Request(name, turn) for turn in turns]
+        answers[name] = generate(variants, requests, settings, progress=progress, cancellation=cancellation)
         cancellation.check()
         with variants.active(name) as (_, tokenizer):
             ids[name] = [encode_prompt(tokenizer, turn) for turn in turns]

@@ -1,0 +1,306 @@
+"""What a server can do and does, found out by asking it for a few short answers.
+
+Servers that know no setting of a name often take and ignore it.  So what is taken is asked first, and of what is taken
+the effect is looked for: drawing from one token only must give the same text whatever the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunesmith.conversations import Conversation, Message, Text
+from tunesmith.errors import DataError
+from tunesmith.models.endpoint.answers import EXTRAS, PENALTIES, Answer, Habits, Scoring, StopHabit, field
+from tunesmith.models.endpoint.flight import Call
+from tunesmith.models.endpoint.likelihoods import Likelihood, encoded
+from tunesmith.models.endpoint.refusals import Contact, Refusal, refusal
+from tunesmith.models.engine import GenerationSettings, Prompt
+from tunesmith.record import Finding
+
+_QUESTION = "yes, yes, yes, yes, yes, yes, yes, yes,"
+_NO_MODEL = "tunesmith-asks-for-a-model-that-is-not-there"
+_TOKENS = 8
+_HOT = 1.8  # some servers take no temperature above 2
+_STRONGEST_PENALTY = 2.0
+_SCORED = "The cat sat on the mat, and the dog lay beside it."
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was found out.
+
+    Attributes:
+        habits: what requests must be like.
+        findings: what a person must know.
+    """
+
+    habits: Habits
+    findings: tuple[Finding, ...]
+
+
+class Probe:
+    """Asks one server about one of its models.
+
+    Args:
+        client: an asynchronous ``openai`` client.
+        contact: the server.
+        models: the ids of all models that will be asked; the first is probed.
+        parallel: how many requests the server is sent at once.
+        tokenizer: the models' tokenizer; None where likelihoods are not wanted.
+    """
+
+    def __init__(self, client: Any, contact: Contact, *, models: Sequence[str], parallel: int, tokenizer: Any) -> None:
+        self._client, self._contact, self._models, self._tokenizer = client, contact, models, tokenizer
+        self._gate, self._alone = asyncio.Semaphore(parallel), parallel == 1
+        self._findings: list[Finding] = []
+        self._habits = Habits(usage=False)
+        self._prompt: Prompt = (Message(role="user", content=_QUESTION),)
+
+    async def probe(self) -> Probed:
+        """Find everything out.
+
+        Raises:
+            TunesmithError: the server cannot be reached, has no such model, or does not speak the protocol.
+        """
+        await self._list()
+        await self._interfaces()
+        await self._extras()
+        await self._stop_habit()
+        await self._effects()
+        await self._scoring()
+        return Probed(self._habits, tuple(self._findings))
+
+    def _say(self, finding: Finding) -> None:
+        self._findings.append(finding)
+
+    async def _list(self) -> None:
+        """Whether the server lists the models; one that answers to any name would else be compared with itself."""
+        listed = _Listing(self._contact, self._models[0])
+        await self._all([listed])
+        if listed.refused is not None:
+            if not listed.absent:
+                raise listed.refused.error
+            if not await self._tells_apart(self._models):
+                self._say(Finding(code="endpoint_models_unlisted", severity="warning"))
+            return
+        lacking = [name for name in self._models if name not in listed.ids]
+        # Transformers' server lists the hub's cache, not the directory that it was started with.
+        if lacking and not await self._tells_apart(lacking):
+            raise DataError(
+                "The server does not list a model.",
+                where=self._contact.where,
+                expected=", ".join(lacking),
+                found=self._contact.shown(", ".join(listed.ids)) or "no model",
+            )
+
+    async def _tells_apart(self, names: Sequence[str]) -> bool:
+        """Whether the server answers to these names, and not to any other."""
+        asked = {
+            name: [self._answer(model=name), self._answer(model=name, prompt=_QUESTION)] for name in {*names, _NO_MODEL}
+        }
+        await self._all([call for calls in asked.values() for call in calls])
+        answers = {name for name, calls in asked.items() if any(call.refused is None for call in calls)}
+        return answers == set(names)
+
+    async def _interfaces(self) -> None:
+        """Which of the two ways to ask there are, and whether token counts can be had."""
+        chat, plain = self._answer(), self._answer(prompt=_QUESTION)
+        await self._all([chat, plain])
+        if chat.refused is not None and plain.refused is not None:
+            raise chat.refused.error
+        self._habits = replace(self._habits, chat=chat.refused is None, plain=plain.refused is None)
+        if chat.refused is not None:
+            self._prompt = _QUESTION
+            self._say(Finding(code="endpoint_no_chat", severity="warning", params=self._found(chat.refused)))
+        else:
+            self._say(Finding(code="endpoint_template", severity="info"))
+        if plain.refused is not None:
+            self._say(Finding(code="endpoint_no_completions", severity="info", params=self._found(plain.refused)))
+        counted = self._answer(habits=replace(self._habits, usage=True))
+        await self._all([counted])
+        if counted.refused is None and counted.usage is not None:
+            self._habits = replace(self._habits, usage=True)
+        elif (plain if chat.refused else chat).usage is None:
+            self._say(Finding(code="endpoint_tokens_counted", severity="warning"))
+
+    async def _extras(self) -> None:
+        """Which settings beyond OpenAI's are refused."""
+        neutral = {"top_k": 1_000_000, "min_p": 0.0, **dict.fromkeys(PENALTIES, 1.0)}
+        asked = {name: self._answer(extra={name: neutral[name]}) for name in EXTRAS}
+        await self._all(asked.values())
+        taken = frozenset(name for name, answer in asked.items() if answer.refused is None)
+        self._habits = replace(self._habits, extras=taken)
+        lost = [name for name in ("top_k", "min_p") if name not in taken]
+        lost += [] if taken.intersection(PENALTIES) else ["repetition_penalty"]
+        for name in lost:
+            self._say(Finding(code="endpoint_setting_refused", severity="warning", params={"setting": name}))
+
+    async def _effects(self) -> None:
+        """Whether sampling, seeds and settings do anything."""
+        wild = GenerationSettings(temperature=_HOT, top_p=1.0, seed=1, max_new_tokens=_TOKENS)
+        other = {"seed": 2}
+        tried = {
+            "first": wild,
+            "again": wild,
+            "other": wild.model_copy(update=other),
+            "top_k": wild.model_copy(update={"top_k": 1}),
+            "top_k other": wild.model_copy(update={"top_k": 1} | other),
+            "min_p": wild.model_copy(update={"min_p": 1.0}),
+            "min_p other": wild.model_copy(update={"min_p": 1.0} | other),
+            "greedy": GenerationSettings(greedy=True, max_new_tokens=_TOKENS),
+            "penalized": GenerationSettings(greedy=True, max_new_tokens=_TOKENS, repetition_penalty=_STRONGEST_PENALTY),
+        }
+        wanted = {"top_k": {"top_k"}, "min_p": {"min_p"}, "penalized": set(PENALTIES)}
+        asked = {
+            name: self._answer(settings=settings)
+            for name, settings in tried.items()
+            if not (need := wanted.get(name.split()[0])) or need & self._habits.extras
+        }
+        await self._all(asked.values())
+        said = {name: answer.text for name, answer in asked.items() if answer.refused is None}
+        self._judge(said)
+
+    def _judge(self, said: dict[str, str]) -> None:
+        random = len({said.get("first"), said.get("again"), said.get("other")}) > 1
+        if not random:
+            self._say(Finding(code="endpoint_sampling_ignored", severity="warning"))
+        elif said.get("first") != said.get("again") or said.get("first") == said.get("other"):
+            self._say(Finding(code="endpoint_seed_ignored", severity="warning"))
+        for name in ("top_k", "min_p"):
+            if name in said and not random:
+                self._say(Finding(code="endpoint_setting_untold", severity="info", params={"setting": name}))
+            elif name in said and said[name] != said.get(f"{name} other"):
+                self._say(Finding(code="endpoint_setting_ignored", severity="warning", params={"setting": name}))
+        if "penalized" in said and said["penalized"] == said.get("greedy"):
+            params = {"setting": "repetition_penalty"}
+            self._say(Finding(code="endpoint_setting_ignored", severity="warning", params=params))
+
+    async def _stop_habit(self) -> None:
+        """How it can be known that a stop text ended an answer."""
+        whole = self._answer()
+        await self._all([whole])
+        text = whole.text
+        stop = text[len(text) // 2 : len(text) // 2 + 1]
+        if not stop:
+            return
+        settings = GenerationSettings(greedy=True, max_new_tokens=_TOKENS)
+        ended = self._answer(settings=settings, extra={"stop": [stop]})
+        await self._all([ended])
+        habit: StopHabit = "hidden"
+        if ended.refused is None and ended.told_stop:
+            habit = "told"
+        elif ended.refused is None and text.startswith(ended.text) and stop in ended.text and ended.text != text:
+            habit = "included"
+        self._habits = replace(self._habits, stops=habit)
+        if habit == "hidden":
+            self._say(Finding(code="endpoint_stop_hidden", severity="info"))
+
+    async def _scoring(self) -> None:
+        """Whether the likelihood of given tokens can be had."""
+        if self._tokenizer is None:
+            self._say(Finding(code="endpoint_no_tokenizer", severity="info"))
+            return
+        # A conversation where there can be one: llama-cpp-python leaves its first special token out.
+        turns = (Message(role="user", content=_SCORED), Message(role="assistant", content=_SCORED))
+        talk = getattr(self._tokenizer, "chat_template", None) is not None
+        row = encoded(
+            self._tokenizer, Conversation(id="probe", messages=turns) if talk else Text(id="probe", text=_SCORED)
+        )
+        text = self._tokenizer.decode(row.input_ids, skip_special_tokens=False)
+        forms: tuple[Scoring, ...] = ("echo", "prompt_logprobs", "echo text")
+        asked = {
+            form: Likelihood(self._contact, self._models[0], row=row, text=text, scoring=form)
+            for form in forms
+            if self._habits.plain
+        }
+        await self._all(asked.values())
+        working = [form for form, call in asked.items() if call.done]
+        if working:
+            self._habits = replace(self._habits, scoring=working[0])
+            self._say(Finding(code="endpoint_no_kl", severity="info"))
+        else:
+            self._say(Finding(code="endpoint_no_scores", severity="warning"))
+
+    def _answer(
+        self,
+        *,
+        model: str | None = None,
+        prompt: Prompt | None = None,
+        settings: GenerationSettings | None = None,
+        habits: Habits | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Answer:
+        settings = settings or GenerationSettings(greedy=True, max_new_tokens=_TOKENS)
+        prompt = self._prompt if prompt is None else prompt
+        return Answer(
+            self._contact,
+            model or self._models[0],
+            prompt=prompt,
+            settings=settings,
+            habits=habits or self._habits,
+            extra=extra,
+        )
+
+    async def _all(self, calls: Iterable[Call]) -> None:
+        """Ask; what is refused with the key, or because nobody answers, ends the probe.
+
+        llama-cpp-python breaks an answer off when the next request comes.  So what failed beside others is asked again
+        alone, and a server that answers then is asked for one thing at a time from there on.
+        """
+
+        async def one(call: Call) -> None:
+            async with self._gate:
+                await call.run(self._client)
+
+        calls = list(calls)
+        await asyncio.gather(*(one(call) for call in calls))
+        broken = [call for call in calls if call.refused is not None and not isinstance(call.refused.error, DataError)]
+        if broken and not self._alone and not any(call.refused and call.refused.final for call in broken):
+            for call in broken:
+                await call.run(self._client)
+                if call.refused is None and not self._alone:
+                    self._gate, self._alone = asyncio.Semaphore(1), True
+                    self._habits = replace(self._habits, alone=True)
+                    self._say(Finding(code="endpoint_one_at_a_time", severity="warning"))
+        for call in calls:
+            if call.refused is not None and call.refused.final and not isinstance(call.refused.error, DataError):
+                raise call.refused.error
+
+    def _found(self, refused: Refusal) -> dict[str, str]:
+        return {"found": refused.error.found or refused.error.what}
+
+
+class _Listing(Call):
+    """The models that a server lists.
+
+    Attributes:
+        ids: their ids.
+        absent: whether the server has no list at all.
+    """
+
+    def __init__(self, contact: Contact, model: str) -> None:
+        super().__init__(contact, model)
+        self.ids: tuple[str, ...] = ()
+        self.absent = False
+
+    async def ask(self, client: Any) -> None:
+        """Ask for the list; nobody at the address is said at once, without asking again."""
+        import openai
+
+        try:
+            try:
+                page = await client.with_options(max_retries=0).models.list()
+            except (openai.RateLimitError, openai.InternalServerError):
+                page = await client.models.list()
+        except openai.APIStatusError as error:
+            # Transformers' server fails here where the hub's cache is empty, and answers all the same.
+            self.absent = error.status_code in (404, 405, 500, 501)
+            self.refuse(refusal(error, self.contact, model=self.model))
+            return
+        models = field(page, "data")
+        if not isinstance(models, list):
+            raise ValueError("no list of models")
+        self.ids = tuple(name for model in models if isinstance(name := field(model, "id"), str))

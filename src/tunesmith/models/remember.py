@@ -1,0 +1,255 @@
+"""What was answered and scored before, kept as lines of JSON, so that long work goes on where it stopped.
+
+Every variant has a file of its own, named by its identity: a hash of weights, tokenizer and arithmetic.  A line's key
+is a hash of what was asked.  So nothing that has changed is ever taken for what it was, and the base is scored once for
+all the runs that were tuned from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from tunesmith.models.engine import (
+    Capabilities,
+    Engine,
+    Generation,
+    GenerationSettings,
+    OnGeneration,
+    OnScore,
+    OnText,
+    Request,
+    RowScore,
+    ScoredRow,
+)
+from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
+
+Answer = TypeVar("Answer", Generation, RowScore)
+
+_FORMAT = "1"  # of the keys and the lines
+
+
+class RememberingEngine:
+    """An engine that answers from a directory what it was asked before, and writes there what is new.
+
+    Args:
+        engine: who answers what is new.
+        directory: where the lines are; it is made when there is something to write.
+        named: whether variants of an engine that cannot tell their identity are remembered by their names.
+        fresh: ask again, whatever is there.
+
+    Attributes:
+        engine: the same.
+        remembered: how many answers and scores were there already.
+        written: how many were written.
+    """
+
+    def __init__(self, engine: Engine, directory: Path, *, named: bool = False, fresh: bool = False) -> None:
+        self.engine = engine
+        self.remembered = self.written = 0
+        self._directory, self._named, self._fresh = directory, named, fresh
+        self._lines: dict[Path, dict[str, dict[str, Any]]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The engine's variants."""
+        return self.engine.names
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The engine's."""
+        return self.engine.capabilities
+
+    def identity(self, variant: str) -> str | None:
+        """The engine's."""
+        return self.engine.identity(variant)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        settings: GenerationSettings | None = None,
+        *,
+        on_text: OnText | None = None,
+        on_done: OnGeneration | None = None,
+        progress: ProgressCallback = no_progress,
+        cancellation: Cancellation | None = None,
+    ) -> list[Generation]:
+        """Answer every request: see :meth:`tunesmith.models.engine.Engine.generate`."""
+        settings = settings or GenerationSettings()
+        keys = _generation_keys(requests, settings)
+        found = {i: self._find(one.variant, keys[i], Generation) for i, one in enumerate(requests)}
+        done = {i: generation for i, generation in found.items() if generation is not None}
+        for i, generation in done.items():
+            if on_text is not None and generation.text:
+                on_text(i, generation.text)
+            if on_done is not None:
+                on_done(i, generation)
+        left = [i for i in range(len(requests)) if i not in done]
+
+        def write(place: int, generation: Generation) -> None:
+            self._write(requests[left[place]].variant, keys[left[place]], asdict(generation))
+            if on_done is not None:
+                on_done(left[place], generation)
+
+        new = self.engine.generate(
+            [requests[i] for i in left],
+            settings,
+            on_text=None if on_text is None else lambda place, text: on_text(left[place], text),
+            on_done=write,
+            progress=_further(progress, len(done)),
+            cancellation=cancellation,
+        )
+        done |= dict(zip(left, new, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    def score(
+        self,
+        names: Sequence[str],
+        rows: Sequence[ScoredRow],
+        *,
+        reference: str | None = None,
+        on_done: OnScore | None = None,
+        progress: ProgressCallback = no_progress,
+        cancellation: Cancellation | None = None,
+    ) -> dict[str, list[RowScore]]:
+        """Score every row under every variant: see :meth:`tunesmith.models.engine.Engine.score`."""
+        compared = self._place(reference) if reference is not None else None
+        result: dict[str, dict[int, RowScore]] = {}
+        keys: dict[str, list[str]] = {}
+        for name in names:
+            about = str(compared.name) if compared is not None and name != reference else ""
+            keys[name] = [_key("score", about, row.model_dump_json(exclude={"id"})) for row in rows]
+            found = {i: self._find(name, key, RowScore) for i, key in enumerate(keys[name])}
+            result[name] = {i: replace(one, id=rows[i].id) for i, one in found.items() if one is not None}
+        complete = [name for name in names if len(result[name]) == len(rows)]
+        before = sum(len(found) for found in result.values())
+        for indexes, asked in self._missing(names, rows, result, complete).items():
+            wanted = list(dict.fromkeys([*([reference] if reference is not None else []), *asked]))
+
+            def write(name: str, place: int, score: RowScore, indexes: tuple[int, ...] = indexes) -> None:
+                index = indexes[place]
+                if index in result[name]:
+                    return
+                result[name][index] = score
+                self._write(name, keys[name][index], asdict(score))
+                if on_done is not None:
+                    on_done(name, index, score)
+
+            self.engine.score(
+                wanted,
+                [rows[index] for index in indexes],
+                reference=reference,
+                on_done=write,
+                progress=_further(progress, before),
+                cancellation=cancellation,
+            )
+            before = sum(len(found) for found in result.values())
+        return {name: [result[name][i] for i in range(len(rows))] for name in names}
+
+    def _missing(
+        self,
+        names: Sequence[str],
+        rows: Sequence[ScoredRow],
+        result: dict[str, dict[int, RowScore]],
+        complete: Sequence[str],
+    ) -> dict[tuple[int, ...], list[str]]:
+        """Variants by the rows that they still lack, so that those with the same gap are asked together."""
+        gaps: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            if name not in complete:
+                gaps.setdefault(tuple(i for i in range(len(rows)) if i not in result[name]), []).append(name)
+        return gaps
+
+    def _place(self, variant: str) -> Path | None:
+        """Where a variant's lines are; None where nobody can say which variant it is."""
+        identity = self.engine.identity(variant)
+        if identity is None and self._named:
+            identity = hashlib.sha256(f"{self.engine.capabilities.where}\n{variant}".encode()).hexdigest()
+        return None if identity is None else self._directory / f"{identity[:32]}.jsonl"
+
+    def _find(self, variant: str, key: str, kind: type[Answer]) -> Answer | None:
+        place = self._place(variant)
+        if place is None or self._fresh:
+            return None
+        if place not in self._lines:
+            self._lines[place] = _read(place)
+        line = self._lines[place].get(key)
+        try:
+            found = None if line is None else TypeAdapter(kind).validate_python(line)
+        except ValidationError:  # of another version, or somebody's own
+            return None
+        self.remembered += found is not None
+        return found
+
+    def _write(self, variant: str, key: str, answer: dict[str, Any]) -> None:
+        place = self._place(variant)
+        if place is None:
+            return
+        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n"
+        with suppress(OSError):  # what cannot be kept is asked again
+            place.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                # A line that a kill cut short is to stay alone; a line is one write, so that two processes mix none.
+                whole = line if _ends_whole(descriptor) else f"\n{line}"
+                os.write(descriptor, whole.encode("utf-8", "surrogatepass"))
+                self.written += 1
+            finally:
+                os.close(descriptor)
+
+
+def _ends_whole(descriptor: int) -> bool:
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    if size:
+        os.lseek(descriptor, size - 1, os.SEEK_SET)
+    return size == 0 or os.read(descriptor, 1) == b"\n"
+
+
+def _read(place: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file by key; a line that was cut short, or is none of ours, is passed over."""
+    found: dict[str, dict[str, Any]] = {}
+    with suppress(OSError), place.open("rb") as file:
+        for line in file:
+            try:
+                document = json.loads(line)
+                found[str(document["key"])] = dict(document["answer"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+    return found
+
+
+def _generation_keys(requests: Sequence[Request], settings: GenerationSettings) -> list[str]:
+    ignored = set() if settings.samples else {"seed", "temperature", "top_p", "top_k", "min_p", "greedy"}
+    how = settings.model_dump_json(exclude=ignored)
+    seen: Counter[str] = Counter()
+    keys = []
+    for request in requests:
+        prompt = request.prompt
+        asked = json.dumps(prompt if isinstance(prompt, str) else [[turn.role, turn.content] for turn in prompt])
+        twin = f"{request.variant}\n{asked}"
+        keys.append(_key("generate", how, asked, str(seen[twin])))
+        seen[twin] += 1
+    return keys
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join((_FORMAT, *parts)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _further(progress: ProgressCallback, before: int) -> ProgressCallback:
+    """Progress of what is left as progress of the whole."""
+
+    def tell(step: Progress) -> None:
+        total = None if step.total is None else before + step.total
+        progress(Progress(step.stage, before + step.done, total, step.unit, step.detail))
+
+    return tell
