@@ -78,6 +78,7 @@ def run(engine: Any, rows: Sequence[Conversation] = ROWS, **changes: Any) -> Eva
         "choose": False,
         "general": False,
         "answers": 4,
+        "tasks": 20,
         "settings": GREEDY,
     }
     return evaluate(engine, infos, rows, **{**given, **changes})

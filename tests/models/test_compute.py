@@ -61,7 +61,7 @@ def test_the_measurement_is_kept_and_read_back(tmp_path: Path, monkeypatch: pyte
 def test_another_machine_is_measured_and_both_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home directory may be shared between machines."""
     here = compute_dtype(cache_dir=tmp_path)
-    monkeypatch.setattr(compute, "_machine", lambda: "another")
+    monkeypatch.setattr(compute, "machine_name", lambda: "another")
     there = compute_dtype(cache_dir=tmp_path)
     assert set(json.loads((tmp_path / "compute.json").read_text())["machines"]) == {here.machine, there.machine}
 

@@ -28,6 +28,7 @@ def evaluate(
     training: Prompts | None = None,
     scorers: Sequence[str] = (),
     answers: int = 50,
+    tasks: int = 8,
     general: bool = True,
     max_new_tokens: int = 256,
     seed: int = 0,
@@ -53,7 +54,9 @@ def evaluate(
         training: the rows that were trained on; None for those that the run names, where they can be found.
         scorers: ``module:function`` of further judges: ``function(prompt, reply, expected) -> float``, more is better.
         answers: to how many of the reported rows replies are written; 0 for none.
-        general: whether to measure general texts and instructions (English, Chinese and code).
+        tasks: to how many general tasks of each language (English, Chinese, code; there are 20 of each) replies are
+            written; 0 for none.
+        general: whether to measure general texts and tasks at all.
         max_new_tokens: limit of every reply; the share that it cut is one of the figures.
         seed: of halves and samples.
         dtype: of the arithmetic; ``auto`` is measured.
@@ -88,6 +91,7 @@ def evaluate(
             general=general,
             scorers=judges,
             answers=answers,
+            tasks=tasks,
             settings=GenerationSettings(greedy=True, max_new_tokens=max_new_tokens),
             seed=seed,
             progress=progress,

@@ -76,6 +76,9 @@ def evaluate(
         ),
     ] = None,
     answers: Annotated[int, typer.Option(min=0, help="To how many rows replies are written; 0 for none.")] = 50,
+    tasks: Annotated[
+        int, typer.Option(min=0, help="To how many general tasks of each language replies are written; 20 at most.")
+    ] = 8,
     general: Annotated[
         bool, typer.Option("--general/--no-general", help="Whether to measure general texts and tasks too.")
     ] = True,
@@ -109,6 +112,7 @@ def evaluate(
             training=training,
             scorers=scorers or (),
             answers=answers,
+            tasks=tasks,
             general=general,
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -127,6 +127,7 @@ def evaluate(
     general: bool = True,
     scorers: Mapping[str, Scorer] | None = None,
     answers: int,
+    tasks: int,
     settings: GenerationSettings,
     seed: int = 0,
     progress: ProgressCallback = no_progress,
@@ -146,6 +147,7 @@ def evaluate(
         general: measure general texts and instructions.
         scorers: further judges of replies, by name.
         answers: to how many of the reported rows replies are written.
+        tasks: to how many general instructions of each language replies are written.
         settings: how replies are drawn.
         seed: of halves and samples.
         progress: called with the stages ``score`` and ``generate``.
@@ -173,7 +175,7 @@ def evaluate(
     scores = {name: scores[name] for name in work.names if name in scores}
     _effect(work, scores, reported[:answers], scorers or {})
     if general:
-        _damage(work)
+        _damage(work, tasks)
     if training_rows and rows:
         _memorisation(work, scores, reported, list(training_rows))
     draft = Evaluation.model_validate(
@@ -341,7 +343,7 @@ def _add_rate(
     _add_metric(work, section, metric, numbers)
 
 
-def _damage(work: _Work) -> None:
+def _damage(work: _Work, tasks: int) -> None:
     """What else has changed: general texts, how far the predictions moved on them, and faults of replies."""
     for language in LANGUAGES if work.engine.capabilities.scores else ():
         texts = general_texts(language)
@@ -371,9 +373,11 @@ def _damage(work: _Work) -> None:
         }
         if moved:
             work.add("damage", "general_kl", moved, {}, unit="nats", better=None, rows=len(texts), about=language)
-    tasks = [task for language in LANGUAGES for task in general_instructions(language)]
-    replies = work.ask(tasks)
-    questions = {task.id: task.question for task in tasks}
+    asked = [task for language in LANGUAGES for task in general_instructions(language)[:tasks]]
+    if not asked:
+        return
+    replies = work.ask(asked)
+    questions = {task.id: task.question for task in asked}
     faults = {
         name: [faults_of(questions[reply.prompt_id], reply.text, reply.stop_reason) for reply in each]
         for name, each in replies.items()

@@ -33,6 +33,7 @@ Bounds = tuple[float, float]
 Verdict = Literal["better", "worse", "different", "no_difference", "unknown"]
 
 _ROUNDING = 1e-9  # of pseudo-values, relative: n times the rounding of what they were computed from, with room
+_MOST_SKEWED = 0.8  # skewness times quantile; at 1 the cubic turns, and two rows of twenty would say that all is open
 _SYMMETRIC = 1e-6  # a skewness below which the cubic's root loses more digits than the correction has
 
 
@@ -275,6 +276,8 @@ def _corrected(quantile: float, skewness: float) -> float:
     """Where a statistic of that skewness has the quantile: the root of Hall's cubic, t + s·t²/3 + s²·t³/27 + s/6."""
     if abs(skewness) < _SYMMETRIC:
         return quantile
+    most = _MOST_SKEWED / abs(quantile)
+    skewness = max(-most, min(skewness, most))
     return float(3 * (np.cbrt(1 + skewness * (quantile - skewness / 6)) - 1) / skewness)
 
 

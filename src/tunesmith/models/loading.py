@@ -10,6 +10,7 @@ from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAI
 from tunesmith.errors import AdapterError, CheckpointError, TunesmithError, UnsupportedAdapterError
 
 _SHOWN_KEYS = 10
+_SAMPLED = 256
 # These act through hooks of PeftModel.forward, or rebuild the base.
 _NOT_BESIDE_A_BASE = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 
@@ -165,3 +166,9 @@ def told(error: BaseException) -> _Told:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return {"found": lines[0], "details": _shorten(lines[1:])}
+
+
+def sample(tensor: Any) -> float:
+    """The sum of some elements, spread over all: what a tensor that was written behind autograd's back has not kept."""
+    flat = tensor.detach().reshape(-1)
+    return float(flat[:: max(1, flat.numel() // _SAMPLED)].float().nan_to_num().sum())

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunesmith.models.products import Product, product_of
+from tunesmith.models.products import Product, products_of
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ class RowAdapters:
     """
 
     def __init__(self, model: Any, keys: Sequence[str]) -> None:
-        self._model = model
+        self._model, self._products = model, products_of(model)
         self.in_turn: dict[str, str] = {}
         self._routed: list[tuple[Any, Callable[[Routing], Forward]]] = []
         self._linears: list[_Linear] = []
@@ -161,6 +161,7 @@ class RowAdapters:
     def routed(self, routing: Routing) -> Iterator[None]:
         """Have every layer give each row its own adapter, until the end of the block, also after an exception."""
         before: list[tuple[Any, Forward | None]] = []
+        self._products.forget_changed()
         try:
             for module, made in self._forwards(routing):
                 before.append((module, module.__dict__.get("forward")))
@@ -180,15 +181,18 @@ class RowAdapters:
             yield module, make(routing)
         taken = {id(linear.layer.base_layer) for linear in self._linears}
         for module in self._model.modules():
-            product = product_of(module) if id(module) not in taken else None
+            product = self._products.of(module) if id(module) not in taken else None
             if product is not None:
-                yield module, functools.partial(_plain_linear, module, product)
+                yield module, product
 
     def _take(self, module: Any, kind: str, held: frozenset[str]) -> None:
         if kind == "linear":
             factors = {key: _factors(module, key) for key in held}
             if None not in factors.values():
-                self._linears.append(_Linear(module, {key: one for key, one in factors.items() if one is not None}))
+                product = self._products.of(module.base_layer)
+                self._linears.append(
+                    _Linear(module, product, {key: one for key, one in factors.items() if one is not None})
+                )
                 return
         if kind == "tokens":
             self._routed.append((module, lambda routing: functools.partial(_tokens_forward, module, held, routing)))
@@ -213,15 +217,16 @@ class _Linear:
 
     Args:
         layer: PEFT's ``lora.Linear``.
+        product: what to use in its base layer's place; None for that itself.
         factors: by adapter.
     """
 
-    def __init__(self, layer: Any, factors: Mapping[str, _Factors]) -> None:
+    def __init__(self, layer: Any, product: Product | None, factors: Mapping[str, _Factors]) -> None:
         self.layer = layer
         self.factors = dict(factors)
         self._held = frozenset(factors)
         self._base = layer.base_layer
-        self._product: Product | None = product_of(self._base)
+        self._product = product or self._base
         self._gains = any(one.gain_O is not None for one in factors.values())
         self._stacked: _Stack | None = None
 
@@ -245,7 +250,7 @@ class _Linear:
 
     def forward(self, routing: Routing, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """The layer's output (rows, tokens, out), in the base's dtype, for x (rows, tokens, in)."""
-        result = self._product(x, self._base.weight, self._base.bias) if self._product else self._base(x)
+        result = self._product(x)
         segments = routing.segments(self._held)
         if len(segments) == 1 and segments[0].key is None:
             return result
@@ -254,8 +259,9 @@ class _Linear:
             segments = (Segment(segments[0].key, 0, x.shape[0]),)
         elif x.dim() != 3 or x.shape[0] != routing.rows:
             raise NotRowwiseError(type(self.layer).__name__)
-        dtype = result.dtype
-        result, x = result.float(), x.float()
+        dtype, x = result.dtype, x.float()
+        if self._gains:
+            result = result.float()
         if alone:
             one = self.factors[segments[0].key or ""]
             result = _with(result, x @ one.A_IR, one.B_RO)
@@ -287,15 +293,13 @@ class _Linear:
 
 
 def _with(result: torch.Tensor, ranks: torch.Tensor, B_RO: torch.Tensor) -> torch.Tensor:
-    """``result + ranks @ B_RO`` in one call, over all leading axes."""
+    """``result + ranks @ B_RO`` over all leading axes, summed in float32 and rounded once; changes ``result``."""
     import torch
 
-    rows = torch.addmm(result.reshape(-1, result.shape[-1]), ranks.reshape(-1, ranks.shape[-1]), B_RO)
-    return rows.view(result.shape)
-
-
-def _plain_linear(module: Any, product: Product, x: torch.Tensor) -> torch.Tensor:
-    return product(x, module.weight, module.bias)
+    ranks = ranks.reshape(-1, ranks.shape[-1])
+    if result.dtype == torch.float32:
+        return torch.addmm(result.reshape(-1, result.shape[-1]), ranks, B_RO).view(result.shape)
+    return result.add_((ranks @ B_RO).view(result.shape))
 
 
 def _kind(module: Any) -> str | None:

@@ -21,14 +21,21 @@ from tunesmith.errors import (
 )
 from tunesmith.models.compute import dtype_name
 from tunesmith.models.full import FullModels
-from tunesmith.models.loading import load_config, load_model, load_tokenizer, read_adapter_config, refuse_keys, told
+from tunesmith.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_adapter_config,
+    refuse_keys,
+    sample,
+    told,
+)
 from tunesmith.models.quiet import quiet_loading
 from tunesmith.models.rows import Routing, RowAdapters
 from tunesmith.progress import Progress, ProgressCallback, no_progress
 from tunesmith.record import Part
 
 BASE = "base"
-_SAMPLED = 256
 
 
 class Variant(Part):
@@ -438,12 +445,7 @@ def _fingerprint(
         uncounted: tensors, by ``id``, that may be written again with what they hold.
     """
     return {
-        id(tensor): (tensor.data_ptr(), 0 if id(tensor) in uncounted else tensor._version, _sample(tensor))
+        id(tensor): (tensor.data_ptr(), 0 if id(tensor) in uncounted else tensor._version, sample(tensor))
         for tensor in (*model.parameters(), *model.buffers())
         if only is None or id(tensor) in only
     }
-
-
-def _sample(tensor: Any) -> float:
-    flat = tensor.detach().reshape(-1)
-    return float(flat[:: max(1, flat.numel() // _SAMPLED)].float().nan_to_num().sum())
