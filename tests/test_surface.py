@@ -17,16 +17,16 @@ import tunesmith as ts
 from tunesmith.cli.app import app
 
 NAMES = [
-    "AdapterFacts", "Cancellation", "Cancelled", "Candidate", "Capabilities", "ChatTurn", "CheckpointChoice",
-    "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Engine", "Estimate", "Evaluation", "Figure",
-    "Finding", "Forecast", "Generation", "GenerationSettings", "Health", "Inspection", "KindFacts", "Marks",
-    "Measure", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck", "RenderedPrompt", "Reply",
-    "Report", "Request", "Run", "RunFile", "TunesmithError", "VariantInfo", "Verdict", "__version__",
-    "apply_cleanup", "checkpoints", "compare", "compute_dtype", "demo", "doctor", "evaluate", "evaluation_markdown",
-    "filtered", "finding_text", "inspect", "load_engine", "marks_of", "merge", "open_run", "output_file",
-    "plan_cleanup", "plan_merge", "read_conversations", "recheck", "rendered_prompt", "report", "text", "to_csv",
-    "to_markdown", "train", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_evaluation",
-    "write_inspection",
+    "AdapterFacts", "BlindVote", "Cancellation", "Cancelled", "Candidate", "Capabilities", "ChatTurn",
+    "CheckpointChoice", "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Engine", "Estimate",
+    "Evaluation", "Figure", "Finding", "Forecast", "Generation", "GenerationSettings", "Health", "Inspection",
+    "KindFacts", "Marks", "Measure", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck",
+    "RenderedPrompt", "Reply", "Report", "Request", "Run", "RunFile", "TunesmithError", "VariantInfo", "Verdict",
+    "VoteFile", "Voting", "__version__", "apply_cleanup", "checkpoints", "compare", "compute_dtype", "demo",
+    "doctor", "evaluate", "evaluation_markdown", "filtered", "finding_text", "inspect", "load_engine", "marks_of",
+    "merge", "open_run", "output_file", "plan_cleanup", "plan_merge", "read_conversations", "recheck",
+    "rendered_prompt", "report", "text", "to_csv", "to_markdown", "train", "verdict_sentence", "verify",
+    "word_diff", "write_comparison", "write_evaluation", "write_inspection",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]

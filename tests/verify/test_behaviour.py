@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny_models import TinyRun, row
 from tunesmith.conversations import encode_prompt
-from tunesmith.models import Generation, GenerationSettings, VariantSet, generate, token_logits
+from tunesmith.models import Generation, GenerationSettings, Request, VariantSet, generate, token_logits
 from tunesmith.progress import Cancellation, Cancelled, no_progress
 from tunesmith.record import Finding
 from tunesmith.verify.behaviour.check import (
@@ -76,7 +76,7 @@ def test_a_rows_figures_are_those_of_the_logits_along_the_adapters_answer(pair: 
     with pair.active(ADAPTER) as (_, tokenizer):
         prompt = encode_prompt(tokenizer, PROMPTS[2].prompt)
     settings = GenerationSettings(greedy=True, max_new_tokens=MAX_NEW_TOKENS)
-    (reply,) = generate(pair, ADAPTER, [PROMPTS[2].prompt], settings)
+    (reply,) = generate(pair, [Request(ADAPTER, PROMPTS[2].prompt)], settings)
     answer = reply.token_ids
     assert rows[2].tokens == len(answer)
     ids = [*prompt, *answer]
@@ -226,7 +226,7 @@ def test_a_tie_counts_as_no_differing_text_and_a_flip_is_named() -> None:
 
 def exchange(ours: tuple[int, ...], theirs: tuple[int, ...], **shifts: list[float]) -> _Exchange:
     """One prompt's answers, with what two variants move the margins by."""
-    answers = [Generation("", tokens, "length", 0.0, None, None) for tokens in (ours, theirs)]
+    answers = [Generation("", tokens, len(tokens), None, "length", 0.0, None, None) for tokens in (ours, theirs)]
     measures = {"base_kl": 2.0}
     return _Exchange(row(0, "a"), [9, *ours], *answers, same_prompt=True, measures=measures, shifts=shifts)
 
@@ -269,7 +269,9 @@ def test_where_texts_part_both_candidates_are_given_with_their_probabilities(tin
     assert divergence is not None
     assert place is not None
     settings = GenerationSettings(greedy=True, max_new_tokens=MAX_NEW_TOKENS)
-    answers = [generate(variants, name, [PROMPTS[index].prompt], settings)[0].token_ids for name in (ADAPTER, MERGED)]
+    answers = [
+        generate(variants, [Request(name, PROMPTS[index].prompt)], settings)[0].token_ids for name in (ADAPTER, MERGED)
+    ]
     with variants.active(ADAPTER) as (_, tokenizer):
         ids = [*encode_prompt(tokenizer, PROMPTS[index].prompt), *answers[0][:place]]
         names = [tokenizer.decode([answer[place]]) for answer in answers]
