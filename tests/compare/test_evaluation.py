@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.compare.pairing import paired
 from tests.tiny_models import TinyRun, build_adapter, build_base, row
 from tunesmith.compare import Evaluation, VariantInfo, evaluate
 from tunesmith.compare.evaluation import _halves
 from tunesmith.compare.general import LANGUAGES, general_instructions, general_texts
 from tunesmith.compare.intervals import ratio_estimate
-from tunesmith.compare.metrics import METRICS, paired
+from tunesmith.compare.metrics import METRICS
 from tunesmith.conversations import Conversation
 from tunesmith.errors import Cancelled, DataError
 from tunesmith.models import Capabilities, GenerationSettings, LocalEngine, Request, RowScore, VariantSet

