@@ -21,8 +21,8 @@ from tests.openai_server import NAMES, Server, serve
 from tests.tiny_models import TinyRun, build_tokenizer, chat, peft_alone, row
 from tunesmith.conversations import Conversation, Text, encode
 from tunesmith.errors import DataError, PromptError, TunesmithError
+from tunesmith.models.detokenize import StopTexts
 from tunesmith.models.endpoint import Endpoint
-from tunesmith.models.endpoint.answers import StopTexts
 from tunesmith.models.engine import Generation, GenerationSettings, Request
 from tunesmith.progress import Cancellation, Progress
 from tunesmith.report import LANGUAGES, finding_text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tunesmith.compare.evaluation_records import Evaluation, Figure, Measure, Section
+from tunesmith.compare.evaluation_records import Evaluation, Figure, Measure, Section, Unit
 from tunesmith.compare.faults import Faults, faults_of
 from tunesmith.compare.general import LANGUAGES, general_instructions, general_texts
 from tunesmith.compare.intervals import Estimate, independent_means, independent_proportions, ratio_estimate, verdict
@@ -38,6 +38,7 @@ from tunesmith.record import Finding, Value, gravest_first
 
 _FEWEST_HALVED = 8  # rows; of fewer, a half says nothing
 _TRAINING_ROWS = 20
+_LARGEST_EXPONENT = 700.0  # of what a float64 holds
 _FAULTS = tuple(Faults.model_fields)
 
 
@@ -85,7 +86,7 @@ class _Work:
         values: Mapping[str, Estimate],
         differences: Mapping[str, Estimate],
         *,
-        unit: str,
+        unit: Unit,
         better: bool | None,
         rows: int,
         about: str = "",
@@ -101,16 +102,14 @@ class _Work:
             for variant, value in values.items()
         ]
         self.measures.append(
-            Measure.model_validate(
-                {
-                    "section": section,
-                    "name": name,
-                    "about": about,
-                    "unit": unit,
-                    "higher_is_better": better,
-                    "rows": rows,
-                    "figures": figures,
-                }
+            Measure(
+                section=section,
+                name=name,
+                about=about,
+                unit=unit,
+                higher_is_better=better,
+                rows=rows,
+                figures=tuple(figures),
             )
         )
 
@@ -261,36 +260,36 @@ def _effect(
 
 
 def _likelihoods(work: _Work, scores: Mapping[str, Sequence[RowScore]]) -> None:
-    rows = next(iter(scores.values()))
-    base = scores.get(BASE)
-    count = len(rows)
-
-    def over(name: str, of: Callable[[RowScore], float]) -> Estimate:
-        return ratio_estimate([of(row) for row in scores[name]], [row.tokens for row in scores[name]])
-
-    def apart(name: str, of: Callable[[RowScore], float]) -> Estimate:
-        assert base is not None  # noqa: S101 - asked for others than the base only
-        changes = [of(row) - of(other) for row, other in zip(scores[name], base, strict=True)]
-        return ratio_estimate(changes, [row.tokens for row in scores[name]], comparisons=work.comparisons)
-
-    others = [name for name in scores if name != BASE and base is not None and _same_tokens(scores[name], base)]
-    losses = {name: over(name, lambda row: row.nll) for name in scores}
-    loss_changes = {name: apart(name, lambda row: row.nll) for name in others}
-    work.add("effect", "loss", losses, loss_changes, unit="nats", better=False, rows=count)
-    ratios = {name: _exponential(change) for name, change in loss_changes.items()}
+    rows = len(next(iter(scores.values())))
+    losses, changes = _estimates(work, scores, lambda row: row.nll)
+    work.add("effect", "loss", losses, changes, unit="nats", better=False, rows=rows)
     work.add(
         "effect",
         "perplexity",
-        {name: _exponential(loss) for name, loss in losses.items()},
-        {name: _less_one(ratio) for name, ratio in ratios.items()},
+        {name: _each(loss, _exponential) for name, loss in losses.items()},
+        {name: _each(change, lambda x: _exponential(x) - 1) for name, change in changes.items()},
         unit="perplexity",
         better=False,
-        rows=count,
+        rows=rows,
     )
     if all(row.correct is not None for scored in scores.values() for row in scored):
-        hits = {name: over(name, lambda row: float(row.correct or 0)) for name in scores}
-        more = {name: apart(name, lambda row: float(row.correct or 0)) for name in others}
-        work.add("effect", "token_accuracy", hits, more, unit="share", better=True, rows=count)
+        hits, more = _estimates(work, scores, lambda row: float(row.correct or 0))
+        work.add("effect", "token_accuracy", hits, more, unit="share", better=True, rows=rows)
+
+
+def _estimates(
+    work: _Work, scores: Mapping[str, Sequence[RowScore]], of: Callable[[RowScore], float]
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """A sum a row, over tokens: every variant's, and its difference to the base where both tokenize alike."""
+    base = scores.get(BASE)
+    values, differences = {}, {}
+    for name, rows in scores.items():
+        tokens = [row.tokens for row in rows]
+        values[name] = ratio_estimate([of(row) for row in rows], tokens)
+        if base is not None and name != BASE and _same_tokens(rows, base):
+            changes = [of(row) - of(other) for row, other in zip(rows, base, strict=True)]
+            differences[name] = ratio_estimate(changes, tokens, comparisons=work.comparisons)
+    return values, differences
 
 
 def _same_tokens(rows: Sequence[RowScore], others: Sequence[RowScore]) -> bool:
@@ -298,20 +297,14 @@ def _same_tokens(rows: Sequence[RowScore], others: Sequence[RowScore]) -> bool:
     return [row.tokens for row in rows] == [row.tokens for row in others]
 
 
-def _exponential(estimate: Estimate) -> Estimate:
-    def up(x: float | None) -> float | None:
-        return None if x is None else math.exp(min(x, 700.0))
-
-    return Estimate(value=up(estimate.value) or 0.0, low=up(estimate.low), high=up(estimate.high))
+def _exponential(x: float) -> float:
+    return math.exp(x) if x < _LARGEST_EXPONENT else math.inf
 
 
-def _less_one(ratio: Estimate) -> Estimate:
-    """A ratio as a change: 0.9 is −0.1."""
-    return Estimate(
-        value=ratio.value - 1,
-        low=None if ratio.low is None else ratio.low - 1,
-        high=None if ratio.high is None else ratio.high - 1,
-    )
+def _each(estimate: Estimate, of: Callable[[float], float]) -> Estimate:
+    """An estimate on another scale, by a function that grows with its argument."""
+    low, high = (None if end is None else of(end) for end in (estimate.low, estimate.high))
+    return Estimate(value=of(estimate.value), low=low, high=high)
 
 
 def _add_metric(
@@ -351,20 +344,7 @@ def _damage(work: _Work, tasks: int) -> None:
         scores = work.engine.score(
             work.names, texts, reference=reference, progress=work.progress, cancellation=work.cancellation
         )
-        base = scores.get(BASE)
-        losses = {
-            name: ratio_estimate([row.nll for row in rows], [row.tokens for row in rows])
-            for name, rows in scores.items()
-        }
-        changes = {
-            name: ratio_estimate(
-                [row.nll - other.nll for row, other in zip(rows, base, strict=True)],
-                [row.tokens for row in rows],
-                comparisons=work.comparisons,
-            )
-            for name, rows in scores.items()
-            if base is not None and name != BASE and _same_tokens(rows, base)
-        }
+        losses, changes = _estimates(work, scores, lambda row: row.nll)
         work.add("damage", "general_loss", losses, changes, unit="nats", better=False, rows=len(texts), about=language)
         moved = {
             name: ratio_estimate([(row.kl or 0.0) * row.tokens for row in rows], [row.tokens for row in rows])

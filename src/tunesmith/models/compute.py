@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -77,12 +77,13 @@ def compute_dtype(requested: str = "auto", *, cache_dir: Path | None = None) -> 
         return ComputeDtype(dtype=wanted, device=device, reason="requested", machine=machine)
     if device != "cpu":
         return ComputeDtype(dtype=_gpu_dtype(device), device=device, reason="gpu", machine=machine)
-    known = _read_cache(cache_dir) if cache_dir is not None else {}
+    known = _known(cache_dir) if cache_dir is not None else {}
     if machine in known:
         return known[machine]
     decision = _measure(machine)
     if cache_dir is not None:
-        _write_cache(cache_dir, {**known, machine: decision})
+        machines = {key: value.model_dump(mode="json") for key, value in {**known, machine: decision}.items()}
+        write_measurements(cache_dir / _CACHE_FILE, machines)
     return decision
 
 
@@ -181,21 +182,29 @@ def _fastest_ms(run: Callable[[], object], *, give_up_above_ms: float = float("i
     return fastest
 
 
-def _read_cache(cache_dir: Path) -> dict[str, ComputeDtype]:
+def _known(cache_dir: Path) -> dict[str, ComputeDtype]:
     try:
-        document = json.loads((cache_dir / _CACHE_FILE).read_bytes())
-        return {key: ComputeDtype.model_validate(value) for key, value in document["machines"].items()}
-    except (OSError, ValueError, ValidationError, KeyError, TypeError, AttributeError, RecursionError):
+        machines = read_measurements(cache_dir / _CACHE_FILE)
+        return {key: ComputeDtype.model_validate(value) for key, value in machines.items()}
+    except ValidationError:
         return {}  # an unreadable measurement is taken again
 
 
-def _write_cache(cache_dir: Path, machines: dict[str, ComputeDtype]) -> None:
-    document = {"machines": {key: value.model_dump(mode="json") for key, value in machines.items()}}
-    beside = cache_dir / f".{_CACHE_FILE}.{os.getpid()}.partial"
-    # A cache that cannot be written costs a measurement a process, no more.
+def read_measurements(file: Path) -> dict[str, Any]:
+    """What was measured before, by machine; nothing where it cannot be read, so that it is taken again."""
+    try:
+        return dict(json.loads(file.read_bytes())["machines"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def write_measurements(file: Path, machines: Mapping[str, Any]) -> None:
+    """Keep what was measured, whole or not at all; what cannot be kept costs a measurement a process, no more."""
+    document = json.dumps({"machines": machines}, indent=2, ensure_ascii=False) + "\n"
+    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with suppress(OSError):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(cache_dir / _CACHE_FILE)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(document, encoding="utf-8")
+        beside.replace(file)
     with suppress(OSError):
         beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text from tokens, as they come.
+"""Text from tokens, as they come, up to a text that ends it.
 
 A character may be made of several tokens, and a token may begin with half a character, so a token's text is not the
 tokenizer's text of that token alone.
@@ -63,3 +63,42 @@ class Detokenizer:
     def _window(self) -> tuple[str, str]:
         before = decode(self._tokenizer, self._tokens[self._context : self._said])
         return before, decode(self._tokenizer, self._tokens[self._context :])
+
+
+class StopTexts:
+    """Cuts a growing text at the first of some stop texts, and hands nothing out that may be the beginning of one.
+
+    Args:
+        stops: the texts; none cuts nothing.
+
+    Attributes:
+        hit: whether one was found; nothing is handed out after it.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.hit = False
+
+    def add(self, piece: str) -> str:
+        """Take a piece; return what surely belongs to the answer."""
+        if self.hit:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.hit, self._held = True, ""
+            return text[: min(places)]
+        kept = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """How many last characters of the text are the first of the stop text."""
+        return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversations import Conversation, Message, encode, encode_prompt
 from tunesmith.errors import DataError, PromptError
-from tunesmith.models.detokenize import Detokenizer, decode
+from tunesmith.models.detokenize import Detokenizer, StopTexts, decode
 from tunesmith.models.engine import (
     Generation,
     GenerationSettings,
@@ -473,14 +473,13 @@ class _Answer:
         say: Callable[[str], None] | None,
     ) -> None:
         self._tokenizer, self._eos_ids, self._limit = tokenizer, eos_ids, limit
-        self._stop = [text for text in stop if text]
+        self._stop = StopTexts(stop)
         self._prompt_tokens = prompt_tokens
         self._say = say
         self._tokens: list[int] = []
         self._times: list[float] = []
-        self._pieces = Detokenizer(tokenizer) if say is not None or self._stop else None
-        self._text = ""  # what the pieces make, where there are any
-        self._said = 0
+        self._pieces = Detokenizer(tokenizer) if say is not None or stop else None
+        self._text = ""  # what has been handed out, where there are pieces
         self._reason: StopReason = "cancelled"
 
     def take(self, token: int, now: float) -> bool:
@@ -495,19 +494,13 @@ class _Answer:
         ended = token in self._eos_ids
         if ended or len(self._tokens) >= self._limit:
             self._reason = "eos" if ended else "length"
-        last = self._reason != "cancelled"
         if self._pieces is not None:
-            self._text += self._pieces.add(token) + (self._pieces.finish() if last else "")
-            self._look_for_stop()
-            last = self._reason != "cancelled"
-            self._hand_out(whole=last)
-        return last
+            self._hand_out(self._pieces.add(token), last=self._reason != "cancelled")
+        return self._reason != "cancelled"
 
     def cancel(self) -> Generation:
         """End it where it is, and return it."""
-        if self._pieces is not None:
-            self._text += self._pieces.finish()
-            self._hand_out(whole=True)
+        self._hand_out("", last=True)
         return self.generation()
 
     def generation(self) -> Generation:
@@ -524,23 +517,15 @@ class _Answer:
             tokens_per_s=(len(self._times) - 1) / span if span > 0 else None,
         )
 
-    def _look_for_stop(self) -> None:
-        found = [place for text in self._stop if (place := self._text.find(text, max(0, self._said))) >= 0]
-        if found:
-            self._text, self._reason = self._text[: min(found)], "stop"
-
-    def _hand_out(self, *, whole: bool) -> None:
-        """Say what is new, up to what may be the beginning of a stop text."""
-        end = len(self._text) - (0 if whole else self._held_back())
-        if self._say is not None and end > self._said:
-            self._say(self._text[self._said : end])
-        self._said = max(self._said, end)
-
-    def _held_back(self) -> int:
-        longest = 0
-        for text in self._stop:
-            for length in range(min(len(text) - 1, len(self._text) - self._said), longest, -1):
-                if self._text.endswith(text[:length]):
-                    longest = length
-                    break
-        return longest
+    def _hand_out(self, piece: str, *, last: bool) -> None:
+        """Say what is new, up to a stop text, and to what may be the beginning of one."""
+        if self._pieces is None:
+            return
+        new = self._stop.add(piece + (self._pieces.finish() if last else ""))
+        if self._stop.hit:
+            self._reason = "stop"
+        elif last:
+            new += self._stop.finish()
+        self._text += new
+        if new and self._say is not None:
+            self._say(new)

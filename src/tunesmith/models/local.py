@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class LocalEngine:
         parts = [*self._arithmetic, self._once("tokenizer", variant, lambda: _tokenizer_hash(self._tokenizer(variant)))]
         base = self.variants.variants[0].path
         paths = [found.path] if found.kind == "full" else list(dict.fromkeys([base, found.path]))
-        parts += [self._once("weights", path, lambda path=path: _directory_hash(Path(path))) for path in paths]  # type: ignore[misc]
+        parts += [self._once("weights", path, partial(_directory_hash, Path(path))) for path in paths]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def render(self, variant: str, prompt: Prompt) -> RenderedPrompt:

@@ -8,16 +8,14 @@ carries, or with a weight that was put into that library's order once, is then s
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.models.compute import machine_name, read_measurements, write_measurements
 from tunesmith.models.loading import sample
 
 if TYPE_CHECKING:
@@ -172,14 +170,13 @@ def quickest(kind: str, *, packed: bool) -> Mapping[int, str]:
 def _times(kind: str) -> Times:
     """CPU seconds by rows and way."""
     from tunesmith.checkpoint import cache_dir
-    from tunesmith.models.compute import machine_name
 
     machine, file = machine_name(), cache_dir() / "products.json"
     known = _read(file).get(machine, {})
     if kind not in known:
         dtype = kind.partition(" ")[0]
         known = {**known, **{f"{dtype} {shape}": _measure(dtype, *_SHAPES[shape]) for shape in _SHAPES}}
-        _write(file, {**_read(file), machine: known})
+        write_measurements(file, {**_read(file), machine: known})
     return known[kind]
 
 
@@ -219,17 +216,16 @@ def _seconds(x: torch.Tensor, weights: list[torch.Tensor], way: str) -> float:
 def _read(file: Path) -> dict[str, dict[str, Times]]:
     """What was measured by machine and kind; what is not whole is passed over, and taken again."""
     try:
-        machines = json.loads(file.read_bytes())["machines"]
         return {
-            str(machine): {
+            machine: {
                 kind: times
                 for kind, found in kinds.items()
                 if (times := {int(rows): {way: float(s) for way, s in each.items()} for rows, each in found.items()})
                 and _is_whole(kind, times)
             }
-            for machine, kinds in machines.items()
+            for machine, kinds in read_measurements(file).items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 
@@ -237,13 +233,3 @@ def _is_whole(kind: str, times: Times) -> bool:
     dtype, _, shape = kind.partition(" ")
     wanted = {rows: {"plain", *tried} for rows, tried in _TRIED.get(dtype, {}).items()}
     return shape in _SHAPES and {rows: set(each) for rows, each in times.items()} == wanted
-
-
-def _write(file: Path, machines: dict[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with suppress(OSError):  # a measurement that cannot be kept is taken again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"machines": machines}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(file)
-    with suppress(OSError):
-        beside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -130,9 +130,8 @@ class RememberingEngine:
             keys[name] = [_key("score", about, row.model_dump_json(exclude={"id"})) for row in rows]
             found = {i: self._find(name, key, RowScore) for i, key in enumerate(keys[name])}
             result[name] = {i: replace(one, id=rows[i].id) for i, one in found.items() if one is not None}
-        complete = [name for name in names if len(result[name]) == len(rows)]
         before = sum(len(found) for found in result.values())
-        for indexes, asked in self._missing(names, rows, result, complete).items():
+        for indexes, asked in _gaps(result, len(rows)).items():
             wanted = list(dict.fromkeys([*([reference] if reference is not None else []), *asked]))
 
             def write(name: str, place: int, score: RowScore, indexes: tuple[int, ...] = indexes) -> None:
@@ -154,20 +153,6 @@ class RememberingEngine:
             )
             before = sum(len(found) for found in result.values())
         return {name: [result[name][i] for i in range(len(rows))] for name in names}
-
-    def _missing(
-        self,
-        names: Sequence[str],
-        rows: Sequence[ScoredRow],
-        result: dict[str, dict[int, RowScore]],
-        complete: Sequence[str],
-    ) -> dict[tuple[int, ...], list[str]]:
-        """Variants by the rows that they still lack, so that those with the same gap are asked together."""
-        gaps: dict[tuple[int, ...], list[str]] = {}
-        for name in names:
-            if name not in complete:
-                gaps.setdefault(tuple(i for i in range(len(rows)) if i not in result[name]), []).append(name)
-        return gaps
 
     def _place(self, variant: str) -> Path | None:
         """Where a variant's lines are; None where nobody can say which variant it is."""
@@ -212,6 +197,16 @@ def _ends_whole(descriptor: int) -> bool:
     if size:
         os.lseek(descriptor, size - 1, os.SEEK_SET)
     return size == 0 or os.read(descriptor, 1) == b"\n"
+
+
+def _gaps(result: Mapping[str, Mapping[int, RowScore]], rows: int) -> dict[tuple[int, ...], list[str]]:
+    """Variants by the rows that they still lack, so that those with the same gap are asked together."""
+    gaps: dict[tuple[int, ...], list[str]] = {}
+    for name, found in result.items():
+        missing = tuple(i for i in range(rows) if i not in found)
+        if missing:
+            gaps.setdefault(missing, []).append(name)
+    return gaps
 
 
 def _read(place: Path) -> dict[str, dict[str, Any]]:

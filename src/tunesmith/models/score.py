@@ -10,7 +10,6 @@ from tunesmith.conversations import Conversation, Encoded, encode, encode_text
 from tunesmith.errors import DataError, PromptError
 from tunesmith.models.engine import OnScore, RowScore, ScoredRow
 from tunesmith.models.quiet import quiet_logging
-from tunesmith.models.rows import NotRowwiseError
 from tunesmith.models.variants import VariantSet, check_token_ids
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 
@@ -70,11 +69,7 @@ def score(
             job.encode(name)
         while waiting:
             company = variants.companies(waiting)[0]
-            try:
-                job.run(company)
-            except NotRowwiseError as error:
-                variants.run_in_turn(str(error))
-                continue
+            job.run(company)
             waiting = [name for name in waiting if name not in company]
     return {name: [job.scores[name][index] for index in range(len(rows))] for name in names}
 

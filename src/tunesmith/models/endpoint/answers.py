@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.errors import DataError
+from tunesmith.models.detokenize import StopTexts
 from tunesmith.models.endpoint.flight import Call, hand_out
 from tunesmith.models.endpoint.refusals import Contact, broken_off, refusal
 from tunesmith.models.engine import Generation, GenerationSettings, Prompt, StopReason
@@ -68,38 +69,6 @@ def sampling(settings: GenerationSettings, habits: Habits) -> dict[str, Any]:
             next_step="leave that setting at its default, or ask a server that has it",
         )
     return body | {name: value for name, value in wanted.items() if name in habits.extras}
-
-
-class StopTexts:
-    """Cuts a growing text at the first of some stop texts, and hands nothing out that may be the beginning of one."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
-        self.hit = False
-
-    def add(self, piece: str) -> str:
-        """Take a piece; return what surely belongs to the answer."""
-        if self.hit:
-            return ""
-        text = self._held + piece
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.hit, self._held = True, ""
-            return text[: min(places)]
-        kept = max((self._overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
-
-    def finish(self) -> str:
-        """Return what was held back."""
-        held, self._held = self._held, ""
-        return held
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """How many last characters of the text are the first of the stop text."""
-        return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Answer(Call):
