@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.api.places import output_file as output_file
     from tunesmith.api.reporting import Report as Report
     from tunesmith.api.reporting import report as report
+    from tunesmith.api.training import plan_training as plan_training
     from tunesmith.api.training import train as train
     from tunesmith.api.verifying import recheck as recheck
     from tunesmith.api.verifying import verdict_sentence as verdict_sentence
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from tunesmith.runs import apply_cleanup as apply_cleanup
     from tunesmith.runs import open_run as open_run
     from tunesmith.runs import plan_cleanup as plan_cleanup
+    from tunesmith.train import TrainingPlan as TrainingPlan
     from tunesmith.verify import Recheck as Recheck
     from tunesmith.verify import Verdict as Verdict
 
@@ -139,6 +141,7 @@ _HOME = {
     "VariantInfo": "compare",
     "VoteFile": "compare",
     "Voting": "compare",
+    "TrainingPlan": "train",
     "Verdict": "verify",
     "apply_cleanup": "runs",
     "checkpoints": "api.comparing",
@@ -158,6 +161,7 @@ _HOME = {
     "output_file": "api.places",
     "plan_cleanup": "runs",
     "plan_merge": "merge",
+    "plan_training": "api.training",
     "read_conversations": "conversations",
     "recheck": "api.verifying",
     "rendered_prompt": "api.engines",

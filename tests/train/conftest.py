@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.train import Recipe, train
+from tunesmith.train import Machine, Recipe, train
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -20,12 +20,7 @@ TEMPLATE = (
 ANSWERS = ("yes", "no, never", "ask your manager first", "lock it away and write the date down", "twice")
 
 
-@dataclass(frozen=True)
-class Cpu:
-    """Stands for ``models.ComputeDtype``."""
-
-    dtype: str = "float32"
-    device: str = "cpu"
+CPU = Machine(dtype="float32", device="cpu")
 
 
 def hash_of(folder: Path) -> str:
@@ -105,8 +100,9 @@ def recipe_for(data_file: Path, tmp_path: Path) -> RecipeMaker:
     """Makes recipes over ``data_file``, six steps long unless told otherwise."""
 
     def make(**changes: object) -> Recipe:
-        values = {"model_name_or_path": "tiny", "dataset": data_file, "output_dir": tmp_path / "run", "max_steps": 6}
-        return Recipe.of(values | {"learning_rate": 1e-3, "logging_steps": 1} | changes)
+        values = {"model_name_or_path": "tiny", "dataset": str(data_file), "output_dir": str(tmp_path / "run")}
+        values |= {"max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1, "per_device_train_batch_size": 4}
+        return Recipe.of(values | {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1} | changes)
 
     return make
 
@@ -126,9 +122,10 @@ def trained(base_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFa
     recipe = Recipe.of(
         {
             "model_name_or_path": "tiny",
-            "dataset": data_file,
+            "dataset": str(data_file),
             "val_size": 5,
-            "output_dir": tmp_path_factory.mktemp("out") / "run",
+            "output_dir": str(tmp_path_factory.mktemp("out") / "run"),
+            "per_device_train_batch_size": 4,
             "max_steps": 7,
             "save_steps": 3,
             "logging_steps": 2,
@@ -137,5 +134,5 @@ def trained(base_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFa
         }
     )
     before = hash_of(base_dir)
-    run_dir = train(recipe, base_dir=base_dir, base_name="org/tiny", compute=Cpu(), base_sha256="ab" * 32)
+    run_dir = train(recipe, base_dir=base_dir, base_name="org/tiny", base_sha256="ab" * 32, machine=CPU)
     return Trained(run_dir, before, hash_of(base_dir))

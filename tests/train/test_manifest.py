@@ -23,13 +23,15 @@ def test_manifest_records_what_the_run_was_made_from(trained: Trained, data_file
     manifest = Manifest.read(trained.run_dir / MANIFEST_NAME)
     assert isinstance(data_file, Path)
     assert (manifest.base_model, manifest.base_sha256) == ("org/tiny", "ab" * 32)
-    assert (manifest.dataset.name, manifest.dataset.rows) == ("rules.jsonl", 24)
-    assert manifest.dataset.sha256 == sha256_of(data_file)
+    assert [(file.name, file.rows) for file in manifest.dataset] == [("rules.jsonl", 24)]
+    assert manifest.dataset[0].sha256 == sha256_of(data_file)
+    assert (manifest.health.read, manifest.health.duplicates.count, manifest.steps) == (24, 1, 7)
     assert manifest.train_rows + manifest.held_out_rows == 24
     assert manifest.chat_template_sha256 == hashlib.sha256(TEMPLATE.encode()).hexdigest()
     assert manifest.supervised_tokens > 24
     assert (manifest.seed, manifest.compute_dtype, manifest.device) == (42, "float32", "cpu")
     assert set(manifest.versions) == {"python", "tunesmith", "torch", "transformers", "peft", "trl"}
+    assert manifest.wall_s is not None
     assert manifest.wall_s > 0
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tunesmith.errors import DataError, OutputError
-from tunesmith.train.run_dir import claim, clear, drop_unfinished_checkpoints, publish, writing
+from tunesmith.train.run_dir import claim, clear, drop_unfinished, publish, writing
 
-from .conftest import RecipeMaker
+from .conftest import RecipeMaker, Trained
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_output_dir_that_is_or_holds_the_base_is_always_refused(
 ) -> None:
     """Overwriting would delete the model itself."""
     with pytest.raises(OutputError, match="base model"):
-        claim(recipe_for(output_dir=tmp_path / place, overwrite_output_dir=True), base)
+        claim(recipe_for(output_dir=str(tmp_path / place), overwrite_output_dir=True), base)
 
 
 def test_output_dir_that_is_a_file_is_refused(recipe_for: RecipeMaker, base: Path, tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_output_dir_that_is_a_file_is_refused(recipe_for: RecipeMaker, base: Pat
     with pytest.raises(OutputError):
         claim(recipe_for(), base)
     with pytest.raises(OutputError):
-        claim(recipe_for(output_dir=tmp_path / "run" / "below"), base)
+        claim(recipe_for(output_dir=str(tmp_path / "run" / "below")), base)
 
 
 def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
@@ -60,14 +61,19 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_checkpoints_without_a_trainer_state_are_dropped(tmp_path: Path) -> None:
-    """The state is written last: without it the rest may be half there."""
-    for name in ("checkpoint-1", "checkpoint-2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"")
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}", encoding="utf-8")
-    drop_unfinished_checkpoints(tmp_path)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-1"]
+@pytest.mark.parametrize("damage", ["no state", "half a state", "half an adapter", "no adapter"])
+def test_checkpoints_that_were_cut_short_are_dropped(tmp_path: Path, trained: Trained, damage: str) -> None:
+    """The state is written last: without it the rest may be half there; what is whole stays."""
+    for name in ("checkpoint-3", "checkpoint-6"):
+        shutil.copytree(trained.run_dir / name, tmp_path / name)
+    (tmp_path / ".final-x").mkdir()
+    file = tmp_path / "checkpoint-6" / ("trainer_state.json" if "state" in damage else "adapter_model.safetensors")
+    content = file.read_bytes()
+    file.unlink()
+    if "half" in damage:
+        file.write_bytes(content[: len(content) // 2])
+    drop_unfinished(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_publishing_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""``train``: a recipe to a run directory, and the pictures of its losses."""
+"""``train``: a recipe to a run directory, the pictures of its losses, and what it will be before it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import StrPath
@@ -12,48 +13,119 @@ from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.report import eval_loss_png, loss_png
 from tunesmith.runs import Run, open_run
 
+if TYPE_CHECKING:
+    from tunesmith.train import Machine, Recipe, TrainingPlan
+
+_PICTURES = (("training_loss.png", loss_png), ("training_eval_loss.png", eval_loss_png))
+
 
 def train(
     recipe: StrPath,
     overrides: Sequence[str] = (),
     *,
+    resume: bool = False,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Run:
     """Tune a LoRA adapter as a recipe says.
 
+    Under ``accelerate launch`` several processes train together; the first of them writes.
+
     Args:
-        recipe: a YAML file.
+        recipe: a YAML file, or a run that was made from one.
         overrides: ``key=value`` pairs that replace keys of it.
+        resume: go on from the last checkpoint in its ``output_dir``, as ``resume_from_checkpoint=true`` does.
         progress: told of steps.
-        cancellation: read between steps.
+        cancellation: read between steps; a checkpoint is written before it ends.
 
     Returns:
         The run.
+
+    Raises:
+        RecipeError: unknown, wrong or missing keys, or a training that diverged.
+        DataError: a data set that cannot be trained on.
+        OutputError: a run directory that may not be written.
+        MissingExtraError: the extra ``train`` is not installed.
+        Cancelled: that was asked for; it says how to go on.
+    """
+    from tunesmith.train import check_installed, is_main_process
+    from tunesmith.train import train as fit
+
+    check_installed()
+    parsed, base = _read(recipe, overrides, resume=resume, progress=progress)
+    machine, note = _machine(parsed)
+    run_dir = fit(
+        parsed,
+        base_dir=base,
+        base_name=parsed.model_name_or_path,
+        base_sha256=weights_sha256(base),
+        machine=machine,
+        dtype_note=note,
+        progress=progress,
+        cancellation=cancellation,
+    )
+    run = open_run(run_dir)
+    for filename, draw in _PICTURES if parsed.plot_loss and is_main_process() else ():
+        picture = draw(run)
+        if picture is not None:
+            (run_dir / filename).write_bytes(picture)
+    return open_run(run_dir)
+
+
+def plan_training(
+    recipe: StrPath,
+    overrides: Sequence[str] = (),
+    *,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> TrainingPlan:
+    """Tell what ``train`` will do with a recipe: rows, length, memory, time; nothing is written.
+
+    Args:
+        recipe: a YAML file, or a run that was made from one.
+        overrides: ``key=value`` pairs that replace keys of it.
+        progress: told of the rows.
+        cancellation: read between rows.
 
     Raises:
         RecipeError: unknown, wrong or missing keys.
         DataError: a data set that cannot be trained on.
         MissingExtraError: the extra ``train`` is not installed.
     """
-    from tunesmith.train import check_installed, read_recipe
-    from tunesmith.train import train as fit
+    from tunesmith.models import flops_per_s
+    from tunesmith.train import check_installed
+    from tunesmith.train import plan_training as plan
 
     check_installed()
-    parsed = read_recipe(recipe, overrides)
-    name = parsed.model_name_or_path
-    base = locate_base(name, relative_to=Path(recipe).parent, progress=progress)
-    run_dir = fit(
+    parsed, base = _read(recipe, overrides, resume=False, progress=progress)
+    machine, note = _machine(parsed)
+    return plan(
         parsed,
-        base_dir=base,
-        base_name=name,
-        compute=compute_dtype(parsed.dtype),
-        base_sha256=weights_sha256(base),
+        base,
+        machine,
+        flops_per_s=flops_per_s(machine.dtype, machine.device),
+        dtype_note=note,
         progress=progress,
         cancellation=cancellation,
     )
-    for filename, draw in (("training_loss.png", loss_png), ("training_eval_loss.png", eval_loss_png)):
-        picture = draw(open_run(run_dir))
-        if picture is not None:
-            (run_dir / filename).write_bytes(picture)
-    return open_run(run_dir)
+
+
+def _read(
+    recipe: StrPath, overrides: Sequence[str], *, resume: bool, progress: ProgressCallback
+) -> tuple[Recipe, Path]:
+    from tunesmith.train import ARGUMENTS, read_recipe
+
+    source = Path(recipe) / ARGUMENTS if Path(recipe).is_dir() else Path(recipe)
+    parsed = read_recipe(source, [*overrides, *(["resume_from_checkpoint=true"] if resume else [])])
+    return parsed, locate_base(parsed.base, relative_to=source.parent, progress=progress)
+
+
+def _machine(recipe: Recipe) -> tuple[Machine, str | None]:
+    """What a recipe is trained on, and why its number format is another than it wishes for."""
+    from tunesmith.models import free_bytes
+    from tunesmith.train import Machine, dtype_note
+
+    compute = compute_dtype(recipe.dtype)
+    device = "cpu" if recipe.use_cpu else compute.device
+    note = dtype_note(recipe, compute.dtype, gemm_ms=compute.gemm_ms)
+    return Machine(dtype=compute.dtype, device=device, free_bytes=free_bytes(device)), note

@@ -9,7 +9,7 @@ from tunesmith.models.calibration import (
     record_inputs,
     write_calibration_text,
 )
-from tunesmith.models.compute import ComputeDtype, compute_dtype, dtype_name
+from tunesmith.models.compute import ComputeDtype, compute_dtype, dtype_name, flops_per_s, free_bytes
 from tunesmith.models.endpoint import Endpoint
 from tunesmith.models.engine import (
     Capabilities,
@@ -49,6 +49,8 @@ __all__ = [
     "continue_rows",
     "dtype_name",
     "encode_calibration_rows",
+    "flops_per_s",
+    "free_bytes",
     "generate",
     "prompt_ids",
     "record_inputs",

@@ -87,6 +87,36 @@ def compute_dtype(requested: str = "auto", *, cache_dir: Path | None = None) -> 
     return decision
 
 
+def flops_per_s(dtype: str, device: str = "cpu") -> float | None:
+    """Multiplications and additions a second, measured now: the machine may be busier than it was.
+
+    Args:
+        dtype: of the numbers, torch's name.
+        device: only ``cpu`` is measured; None for others.
+    """
+    if device != "cpu":
+        return None
+    import torch
+
+    milliseconds = _fastest_ms(_products(getattr(torch, dtype)))
+    return 2 * 2 * _TOKENS * _IN_FEATURES * _OUT_FEATURES / (milliseconds * 1e-3)
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Memory that is free now, in bytes: a CUDA device's own, else the machine's.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``mps``.
+    """
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def dtype_name(name: str) -> DtypeName:
     """The full name of a dtype that may be given by its short one.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import CheckpointError
+from tunesmith.models.compute import free_bytes
 from tunesmith.models.loading import load_model, load_tokenizer
 from tunesmith.models.quiet import quiet_loading
 
@@ -38,9 +39,7 @@ class FullModels:
     def budget_bytes(self) -> int:
         """What they may take together, in bytes."""
         if self._budget_bytes is None:
-            import psutil
-
-            self._budget_bytes = int(_SHARE * psutil.virtual_memory().available)
+            self._budget_bytes = int(_SHARE * free_bytes())
         return self._budget_bytes
 
     @property

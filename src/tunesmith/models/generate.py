@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversations import Conversation, Message, encode, encode_prompt
 from tunesmith.errors import DataError, PromptError
+from tunesmith.models.compute import free_bytes
 from tunesmith.models.detokenize import Detokenizer, StopTexts, decode
 from tunesmith.models.engine import (
     Generation,
@@ -298,13 +299,7 @@ def _can_pad(model: Any) -> bool:
 
 
 def _memory_budget(model: Any) -> float:
-    import torch
-
-    if model.device.type == "cuda":
-        return _MEMORY_SHARE * float(torch.cuda.mem_get_info(model.device)[0])
-    import psutil
-
-    return _MEMORY_SHARE * float(psutil.virtual_memory().available)
+    return _MEMORY_SHARE * free_bytes(model.device.type)
 
 
 def _arguments(model: Any) -> frozenset[str]:

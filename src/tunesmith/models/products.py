@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.models.compute import machine_name, read_measurements, write_measurements
+from tunesmith.models.compute import free_bytes, machine_name, read_measurements, write_measurements
 from tunesmith.models.loading import sample
 
 if TYPE_CHECKING:
@@ -106,12 +106,10 @@ class Products:
 
     def _room_to_pack(self) -> bool:
         """Whether copies of all weights are a small matter on this machine."""
-        import psutil
-
         if self._may_pack is None:
             model = self._model()
             size = sum(one.numel() * one.itemsize for one in model.parameters()) if model is not None else 0
-            self._may_pack = size <= _PACKED_SHARE * psutil.virtual_memory().available
+            self._may_pack = size <= _PACKED_SHARE * free_bytes()
         return self._may_pack
 
 

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from tunesmith.train.fit import check_installed, train
+from tunesmith.train.fit import check_installed, is_main_process, train
 from tunesmith.train.manifest import DataFile, Manifest
-from tunesmith.train.recipe import Recipe, read_recipe
+from tunesmith.train.plan import Machine, TrainingPlan, plan_training
+from tunesmith.train.recipe import Recipe, dtype_note, read_recipe
+from tunesmith.train.run_dir import ARGUMENTS
 
-__all__ = ["DataFile", "Manifest", "Recipe", "check_installed", "read_recipe", "train"]
+__all__ = [
+    "ARGUMENTS",
+    "DataFile",
+    "Machine",
+    "Manifest",
+    "Recipe",
+    "TrainingPlan",
+    "check_installed",
+    "dtype_note",
+    "is_main_process",
+    "plan_training",
+    "read_recipe",
+    "train",
+]

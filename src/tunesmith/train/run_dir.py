@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import yaml
 
-from tunesmith.errors import OutputError
+from tunesmith.checkpoint import read_header
+from tunesmith.errors import OutputError, TunesmithError
 from tunesmith.train.manifest import MANIFEST_NAME
 from tunesmith.train.recipe import Recipe
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
+ARGUMENTS = "training_args.yaml"
+_STAGE = ".final-"
 _OWNED = (
     ADAPTER_WEIGHTS,
     "adapter_config.json",
@@ -31,7 +35,7 @@ _OWNED = (
     "chat_template.jinja",
     "trainer_log.jsonl",
     TRAINER_STATE,
-    "training_args.yaml",
+    ARGUMENTS,
     "training_args.bin",
     "running_log.txt",
     "all_results.json",
@@ -63,12 +67,18 @@ def claim(recipe: Recipe, base_dir: Path) -> Path:
         )
     if target.exists() and not target.is_dir():
         raise OutputError("The output directory is a file.", where=target, next_step="choose another output_dir")
-    if target.is_dir() and any(target.iterdir()) and not recipe.overwrite_output_dir:
+    going_on = recipe.resume_from_checkpoint is True
+    if target.is_dir() and any(target.iterdir()) and not (recipe.overwrite_output_dir or going_on):
+        begun = (
+            " a run that was begun there goes on with resume_from_checkpoint=true;"
+            if _holds_checkpoints(target)
+            else ""
+        )
         raise OutputError(
             "The output directory is not empty.",
             where=target,
             expected="a new or empty directory",
-            next_step="choose another output_dir, or set overwrite_output_dir=true to replace the run in it",
+            next_step=f"choose another output_dir;{begun} overwrite_output_dir=true replaces the run in it",
         )
     standing = next(folder for folder in (target, *target.parents) if folder.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
@@ -81,20 +91,48 @@ def clear(run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in _OWNED:
         (run_dir / name).unlink(missing_ok=True)
-    for checkpoint in run_dir.glob("checkpoint-*"):
+    for checkpoint in (*run_dir.glob("checkpoint-*"), *run_dir.glob(f"{_STAGE}*")):
         shutil.rmtree(checkpoint)
 
 
-def drop_unfinished_checkpoints(run_dir: Path) -> None:
-    """Remove checkpoints whose writing was cut short: the trainer writes its state last."""
-    for checkpoint in run_dir.glob("checkpoint-*"):
-        if not (checkpoint / TRAINER_STATE).is_file():
-            shutil.rmtree(checkpoint, ignore_errors=True)
+def drop_unfinished(run_dir: Path) -> None:
+    """Remove what a run that was cut short left half-written: checkpoints, and the last files on their way."""
+    whole = set(whole_checkpoints(run_dir))
+    for folder in (*run_dir.glob("checkpoint-*"), *run_dir.glob(f"{_STAGE}*")):
+        if folder not in whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, the earliest first.
+
+    The trainer writes its state last, so one without it, or with half of it, was cut short.
+    """
+    steps = {}
+    for folder in run_dir.glob("checkpoint-*"):
+        number = folder.name.rpartition("-")[2]
+        if number.isdecimal() and is_whole(folder):
+            steps[int(number)] = folder
+    return [steps[step] for step in sorted(steps)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's adapter and its trainer's state can be read."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        read_header(checkpoint / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, TunesmithError):
+        return False
+    return isinstance(state, dict) and isinstance(state.get("global_step"), int)
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    return any(folder.glob("checkpoint-*"))
 
 
 def publish(run_dir: Path, save: Callable[[str], None]) -> None:
     """Let ``save`` fill a folder, and move its files into ``run_dir``, the adapter's weights last."""
-    with tempfile.TemporaryDirectory(prefix=".final-", dir=run_dir) as stage:
+    with tempfile.TemporaryDirectory(prefix=_STAGE, dir=run_dir) as stage:
         save(stage)
         for file in sorted(Path(stage).iterdir(), key=lambda file: file.name == ADAPTER_WEIGHTS):
             file.replace(run_dir / file.name)
@@ -102,13 +140,8 @@ def publish(run_dir: Path, save: Callable[[str], None]) -> None:
 
 def write_recipe(recipe: Recipe, run_dir: Path) -> None:
     """Write the recipe as ``training_args.yaml``, its paths relative to the run, so that it can be read from there."""
-    paths = {"dataset": recipe.dataset, "eval_dataset": recipe.eval_dataset, "output_dir": run_dir}
-    relative = {key: path and os.path.relpath(path, run_dir) for key, path in paths.items()}
-    values = recipe.model_dump(mode="json") | relative
-    text = yaml.safe_dump(
-        {key: value for key, value in values.items() if value is not None}, sort_keys=False, allow_unicode=True
-    )
-    (run_dir / "training_args.yaml").write_text(text, encoding="utf-8")
+    text = yaml.safe_dump(recipe.written(run_dir), sort_keys=False, allow_unicode=True)
+    (run_dir / ARGUMENTS).write_text(text, encoding="utf-8")
 
 
 @contextmanager

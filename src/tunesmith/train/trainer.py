@@ -6,41 +6,36 @@ Importing this module imports torch, transformers and trl.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from tunesmith.errors import RecipeError
+from tunesmith.train.arguments import complete_schedule
 from tunesmith.train.rows import IGNORED
 from tunesmith.train.run_dir import ADAPTER_WEIGHTS
 
 
-def collate(examples: Sequence[dict[str, list[int]]], *, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad a batch on the right.
+class _RepeatableGroups(LengthGroupedSampler):  # type: ignore[misc] # transformers has no types here
+    """Rows of like length together, in an order that the seed and the pass decide: a resumed run has the same.
 
-    Args:
-        examples: rows with ``input_ids`` and ``labels``.
-        pad_token_id: what to pad ids with; it is attended to by nothing.
-
-    Returns:
-        ``input_ids``, ``labels`` and ``attention_mask``, int64, [rows, longest row].
+    The Trainer's takes what random numbers come next, and after a restart others do.
     """
-    longest = max(len(example["input_ids"]) for example in examples)
 
-    def padded(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([[*example[key], *[filler] * (longest - len(example[key]))] for example in examples])
+    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
 
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    return {
-        "input_ids": padded("input_ids", pad_token_id),
-        "labels": padded("labels", IGNORED),
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-    }
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the pass of that number."""
+        self.generator.manual_seed(self._seed + epoch)
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
@@ -58,7 +53,18 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         self.model_accepts_loss_kwargs = True
         # PEFT would ask the hub whether the vocabulary was resized; it was not.
         self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
-        self._eval_nats, self._eval_tokens = 0.0, 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule, with what it lacks filled in."""
+        complete_schedule(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _RepeatableGroups(sampler.batch_size, lengths=sampler.lengths, seed=seed)
 
     def _send_telemetry(self) -> None:
         """Nothing is reported to anybody."""
@@ -74,22 +80,22 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
 
     def _nats(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The summed loss of a batch in nats, fp32 scalar, and the number of tokens that it sums over."""
-        targets = inputs["labels"][:, 1:]
+        targets = inputs["shift_labels"]
         counts = targets != IGNORED
 
         def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (args[0][:, :-1][counts].unsqueeze(0), *args[1:])
+            return (args[0][counts].unsqueeze(0), *args[1:])
 
         # A hook rather than `logits_to_keep`: that keeps the same columns in every row, and not all models have it.
         # What a model does to its logits afterwards (scaling, soft caps) still happens.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
+        seen = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
         try:
-            logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits
+            logits = model(**seen, use_cache=False).logits
         finally:
             hook.remove()
-        nats = F.cross_entropy(logits[0].float(), targets[counts], reduction="sum")
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        nats = F.cross_entropy(logits[0].float(), targets[counts], reduction="sum", label_smoothing=smoothing)
         return nats, int(counts.sum())
 
     def compute_loss(
@@ -101,7 +107,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
     ) -> Any:
         """Mean nats a supervised token of the accumulated batch (of this batch where its count is not given)."""
         nats, tokens = self._nats(model, inputs)
-        loss = nats / (tokens if num_items_in_batch is None else num_items_in_batch)
+        # The count is of all processes, whose gradients are then averaged.
+        loss = nats / tokens if num_items_in_batch is None else nats / num_items_in_batch * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,21 +122,37 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
             raise diverged(self.state.global_step + 1, self.args.learning_rate, float(loss))
         return loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> Any:
-        """The mean loss of one held-out batch, without logits."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            nats, tokens = self._nats(model, inputs)
-        self._eval_nats += float(nats)
-        self._eval_tokens += tokens
-        return nats / tokens, None, None
+    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
+        """The held-out loss as the mean over all supervised tokens; the Trainer's is a mean over unequal batches.
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The held-out loss, as the mean over tokens; Trainer's own is a mean over batches of unequal weight."""
-        self._eval_nats, self._eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, **kwargs)
-        output.metrics["eval_loss"] = self._eval_nats / self._eval_tokens
-        return output
+        Every process takes its share of the rows, each once.
+
+        Raises:
+            Cancelled: that was asked for.
+        """
+        model, rows = self.model, sorted(dataloader.dataset, key=lambda row: len(row["input_ids"]))
+        mine = rows[self.args.process_index :: self.args.world_size]
+        size = self.args.per_device_eval_batch_size
+        sums = torch.zeros(2, dtype=torch.float64)
+        training = model.training
+        model.eval()
+        try:
+            for start in range(0, len(mine), size):
+                batch = self._prepare_inputs(self.data_collator(mine[start : start + size]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    nats, tokens = self._nats(model, batch)
+                sums += torch.tensor([float(nats), tokens], dtype=torch.float64)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            model.train(training)
+        total, count = self.accelerator.reduce(
+            sums.to(_sum_dtype(self.args.device)).to(self.args.device), "sum"
+        ).tolist()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / count}, len(rows))
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def diverged(step: int, learning_rate: float, found: float) -> RecipeError:

@@ -1,4 +1,4 @@
-"""Conversations: every row format, every bad row named, and the answer's tokens found under any template."""
+"""Files of rows: every format is read, every bad row is named."""
 
 from __future__ import annotations
 
@@ -6,30 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import build_tokenizer, chat, row
-from tunesmith.conversations import (
-    Conversation,
-    Message,
-    Text,
-    built_in_prompts,
-    encode,
-    encode_prompt,
-    encode_text,
-    read_conversations,
-)
+from tests.tiny_models import row
+from tunesmith.conversations import Conversation, Message, built_in_prompts, read_conversations, with_system
 from tunesmith.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token."""
-    return build_tokenizer()
 
 
 def read_rows(tmp_path: Path, *rows: Any, suffix: str = ".jsonl") -> list[Conversation]:
@@ -53,6 +38,9 @@ FORMATS: list[tuple[Any, list[tuple[str, str]]]] = [
     ({"instruction": "q", "input": "more", "output": "a", "system": "s"}, [S, ("user", "q\nmore"), A]),
     ({"instruction": "", "input": "q", "output": "a"}, [U, A]),
     ({"instruction": "q", "input": None, "output": None, "system": None}, [U]),
+    ({"instruction": "", "input": "", "output": "a"}, [("user", ""), A]),
+    ({"instruction": "q", "output": "a", "history": [["q0", "a0"]]}, [("user", "q0"), ("assistant", "a0"), U, A]),
+    ({"instruction": "q", "output": "a", "history": [], "system": "s"}, [S, U, A]),
     ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}, [S, U]),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [S, U, A]),
     ({"prompt": "q", "completion": "a"}, [U, A]),
@@ -86,6 +74,9 @@ BAD: list[Any] = [
     {"instruction": "q", "input": ["x"]},
     {"instruction": "q", "output": {"x": 1}},
     {"instruction": "q", "system": 7},
+    {"instruction": "q", "history": "before"},
+    {"instruction": "q", "history": [["q0"]]},
+    {"instruction": "q", "history": [["q0", 3]]},
     {"messages": []},
     {"messages": "q"},
     {"messages": ["q"]},
@@ -177,7 +168,12 @@ def test_a_jsonl_row_ends_only_at_a_line_break(tmp_path: Path, separator: str) -
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.jsonl", b'"x"\n\n{"a', "not valid JSON"),
         ("a.jsonl", b"\xff\xfe", "not UTF-8"),
-        ("a.csv", b"x", "not known by its name"),
+        ("a.csv", b"instruction,output", "no rows"),
+        ("a.csv", b'instruction\n"open', "not valid CSV"),
+        ("a.json", b'"x"\n{"a', "not valid JSON"),
+        ("a.parquet", b"PAR1", "as Parquet"),
+        ("a.arrow", b"ARROW1", "as Arrow"),
+        ("a.tsv", b"x", "not known by its name"),
         ("a", b"x", "not known by its name"),
     ],
 )
@@ -228,110 +224,43 @@ def test_built_in_prompts_ask_in_english_in_chinese_and_for_code() -> None:
     assert [kinds.count(kind) for kind in ("en", "zh", "code")] == [3, 3, 2]
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+ALPACA = [
+    {"instruction": "q", "input": 'more, "quoted"', "output": "a\nb"},
+    {"instruction": "q2", "input": None, "output": "NA"},
+]
+ALPACA_TURNS = [[("user", 'q\nmore, "quoted"'), ("assistant", "a\nb")], [("user", "q2"), ("assistant", "NA")]]
 
 
-@given(texts=st.lists(TEXT, min_size=2, max_size=5))
-@settings(max_examples=100, deadline=None)
-def test_the_answers_tokens_and_no_others_are_supervised(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    """Under the tiny template: each answer with its end-of-turn token, without the line break behind it."""
-    encoded = encode(tokenizer, row(0, *texts))
-    pieces, current = [], []
-    for index, supervised in zip(encoded.input_ids, encoded.supervised, strict=True):
-        if supervised:
-            current.append(index)
-        elif current:
-            pieces.append(tokenizer.decode(current))
-            current = []
-    if current:
-        pieces.append(tokenizer.decode(current))
-    assert pieces == [f"{text}<|im_end|>" for text in texts[1::2]]
-    if len(texts) % 2 == 0:
-        rendered = tokenizer.apply_chat_template(
-            [message.model_dump() for message in chat(*texts)], tokenize=False, add_generation_prompt=False
-        )
-        assert tokenizer.decode(encoded.input_ids) == rendered
+def test_a_json_file_may_hold_a_row_a_line(tmp_path: Path) -> None:
+    """Many files of that name do."""
+    (tmp_path / "a.json").write_text("".join(json.dumps(one) + "\n" for one in ALPACA))
+    assert [turns(found) for found in read_conversations(tmp_path / "a.json")] == ALPACA_TURNS
 
 
-def test_a_prompt_is_what_the_answer_was_trained_after(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The ids before the first supervised token, exactly: training, comparing and serving see one prompt."""
-    encoded = encode(tokenizer, row(0, "question", "answer"))
-    start = encoded.supervised.index(True)
-    assert encode_prompt(tokenizer, chat("question")) == encoded.input_ids[:start]
+def test_csv_is_read_as_text_whatever_it_looks_like(tmp_path: Path) -> None:
+    """A data-frame library would take ``NA`` for nothing, and an answer of digits for a number."""
+    (tmp_path / "a.csv").write_text('instruction,input,output\nq,"more, ""quoted""","a\nb"\nq2,,NA\nq3,,42\n')
+    found = [turns(one) for one in read_conversations(tmp_path / "a.csv")]
+    assert found == [*ALPACA_TURNS, [("user", "q3"), ("assistant", "42")]]
 
 
-def with_template(template: str | None) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with another template."""
-    other = build_tokenizer()
-    other.chat_template = template
-    return other
+@pytest.mark.parametrize("kind", ["parquet", "arrow stream", "arrow file"])
+def test_tables_are_read_like_json(tmp_path: Path, kind: str) -> None:
+    """Parquet, and both forms of Arrow."""
+    table, file = pyarrow.Table.from_pylist(ALPACA), tmp_path / f"a.{kind.split()[0]}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        begin = pyarrow.ipc.new_stream if kind == "arrow stream" else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(file), "wb") as sink, begin(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert [turns(found) for found in read_conversations(file)] == ALPACA_TURNS
 
 
-def test_a_template_without_special_tokens_supervises_the_whole_answer() -> None:
-    """There is no end-of-turn token to stop at."""
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    encoded = encode(with_template(template), row(0, "q", "yes"))
-    wanted = [index for index, kept in zip(encoded.input_ids, encoded.supervised, strict=True) if kept]
-    assert with_template(template).decode(wanted) == "yes\n"
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    """Such as one that drops the reasoning of all answers but the last."""
-    template = "{% for m in messages %}{{ m.content if loop.last else '…' }}|{% endfor %}"
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        encode(with_template(template), row(0, "q", "a", "q2", "a2"))
-
-
-def test_a_tokenizer_without_a_template_is_refused_with_advice() -> None:
-    """For prompts and rows alike."""
-    with pytest.raises(DataError, match="no chat template") as caught:
-        encode_prompt(with_template(None), chat("q"))
-    assert "chat_template.jinja" in str(caught.value.next_step)
-
-
-def test_a_row_without_an_answer_cannot_be_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Named by its id."""
-    with pytest.raises(DataError, match="without an answer") as caught:
-        encode(tokenizer, row(8, "only a question"))
-    assert caught.value.where == "row-8"
-
-
-def test_a_template_whose_generation_prompt_is_not_how_answers_begin_is_refused() -> None:
-    """Such as one that opens the model's thinking there: the answer would be cut at the wrong place."""
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: <think>{% endif %}"
-    with pytest.raises(DataError, match="answers cannot be told"):
-        encode(with_template(template), row(0, "question", "a long enough answer"))
-
-
-@given(text=TEXT)
-@settings(max_examples=100, deadline=None)
-def test_all_of_a_text_but_its_first_token_is_supervised(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    """Nothing comes before the first, so nothing predicts it; the ids are the text and no template's."""
-    if len(text.encode()) < 2:
-        text += "ab"
-    encoded = encode_text(tokenizer, Text(id="t", text=text))
-    assert tokenizer.decode(encoded.input_ids) == text
-    assert encoded.supervised == [False] + [True] * (len(encoded.input_ids) - 1)
-
-
-def test_a_text_begins_with_the_tokenizers_own_special_token() -> None:
-    """As in pretraining; then the first token of the text itself is predicted, and the special one is not."""
-    other = build_tokenizer()
-    start = other.convert_tokens_to_ids("<|im_start|>")
-    other.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-    )
-    encoded = encode_text(other, Text(id="t", text="ab"))
-    assert encoded.input_ids[0] == start
-    assert other.decode(encoded.input_ids[1:]) == "ab"
-    assert encoded.supervised == [False, True, True]
-
-
-@pytest.mark.parametrize("text", ["", "a"])
-def test_a_text_with_nothing_to_score_is_refused_by_its_name(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    """A mean over no token is no number."""
-    with pytest.raises(DataError, match="fewer than two tokens") as caught:
-        encode_text(tokenizer, Text(id="zh-07", text=text))
-    assert caught.value.where == "zh-07"
+def test_a_system_text_is_added_where_there_is_none() -> None:
+    """A row's own is left alone; an empty one counts as none, as in LLaMA-Factory."""
+    bare, own, empty = row(0, "q", "a"), row(1, "q", "a"), row(2, "q", "a")
+    own = own.model_copy(update={"messages": (Message(role="system", content="mine"), *own.messages)})
+    empty = empty.model_copy(update={"messages": (Message(role="system", content=""), *empty.messages)})
+    assert [turns(with_system(one, "s"))[0] for one in (bare, own, empty)] == [S, ("system", "mine"), S]
+    assert [len(with_system(one, "s").messages) for one in (bare, own, empty)] == [3, 3, 3]

@@ -1,0 +1,120 @@
+"""Going on with a run that was stopped: from which checkpoint, and whether it is the same training at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.train.manifest import MANIFEST_NAME, Manifest
+from tunesmith.train.recipe import Recipe, read_recipe
+from tunesmith.train.run_dir import ADAPTER_WEIGHTS, ARGUMENTS, TRAINER_STATE, is_whole, whole_checkpoints
+
+_OPTIMIZER = "optimizer.pt"
+# What may be otherwise when a training goes on: where and how often something is written, and how long it goes on.
+_FREE = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "num_train_epochs",
+        "max_steps",
+        "logging_steps",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "eval_steps",
+        "eval_strategy",
+        "per_device_eval_batch_size",
+        "early_stopping_steps",
+        "dataloader_num_workers",
+        "plot_loss",
+        "report_to",
+        "run_name",
+        "stop_on_divergence",
+        "dtype",
+        "half_precision",
+    }
+)
+
+
+def checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    """The checkpoint from which the recipe wants to go on; None where it wants to begin anew.
+
+    Raises:
+        RecipeError: there is none, it cannot be gone on from, or the run was made by another recipe (every key that
+            differs is named).
+    """
+    wanted = recipe.resume_from_checkpoint
+    if not wanted:
+        return None
+    if wanted is True:
+        found = whole_checkpoints(recipe.output_dir)
+        if not found:
+            raise RecipeError(
+                "There is no whole checkpoint to go on from.",
+                where=recipe.output_dir,
+                next_step="train without resuming; overwrite_output_dir=true replaces what is there",
+            )
+        checkpoint = found[-1]
+    else:
+        checkpoint = Path(wanted).absolute()
+        if not is_whole(checkpoint):
+            raise RecipeError(
+                "This is no whole checkpoint.",
+                where=checkpoint,
+                expected=f"a checkpoint-N directory with {ADAPTER_WEIGHTS} and {TRAINER_STATE}",
+            )
+    if not (checkpoint / _OPTIMIZER).is_file():
+        raise RecipeError(
+            "This checkpoint holds the adapter only, and no state of the optimizer to go on from.",
+            where=checkpoint,
+            next_step="train anew, with save_only_model=false",
+        )
+    _refuse_another_recipe(recipe, checkpoint.parent)
+    return checkpoint
+
+
+def refuse_other_data(checkpoint: Path, now: Manifest) -> None:
+    """Refuse to go on with another base or other rows than the run began with.
+
+    Args:
+        checkpoint: where the training goes on from.
+        now: the base and the files of rows, as they are now.
+
+    Raises:
+        RecipeError: one of them is not what it was.
+    """
+    try:
+        before = Manifest.read(checkpoint.parent / MANIFEST_NAME)
+    except TunesmithError:
+        return  # a run of another tool, or one whose manifest is lost: nothing to hold against
+    changed = [] if before.base_sha256 == now.base_sha256 else [f"the base {before.base_model}"]
+    known = {(file.name, file.sha256) for file in (*before.dataset, *before.eval_dataset)}
+    changed += [file.name for file in (*now.dataset, *now.eval_dataset) if (file.name, file.sha256) not in known]
+    if changed:
+        raise RecipeError(
+            "What the run was trained on has changed since, so it cannot go on as it began.",
+            where=checkpoint,
+            details=changed,
+            next_step="bring back what was there, or train anew into another output_dir",
+        )
+
+
+def _refuse_another_recipe(recipe: Recipe, run_dir: Path) -> None:
+    file = run_dir / ARGUMENTS
+    if not file.is_file():
+        return
+    before = read_recipe(file).model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    other = [
+        f"{key}: {before[key]} then, {now[key]} now"
+        for key in now
+        if key not in _FREE and key in before and before[key] != now[key]
+    ]
+    if other:
+        raise RecipeError(
+            "The run was begun with another recipe, so it cannot go on with this one.",
+            where=file,
+            details=other,
+            next_step="give the same values, or train into another output_dir",
+        )

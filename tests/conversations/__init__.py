@@ -1,0 +1,1 @@
+"""Conversations: rows, data sets, templates and token ids."""
