@@ -251,6 +251,7 @@ def _logging_and_saving(recipe: Recipe, *, evaluates: bool) -> dict[str, Any]:
         "report_to": _installed(recipe.report_to),
         "disable_tqdm": True,
         "log_level": "error",
+        "log_level_replica": "error",
     }
 
 

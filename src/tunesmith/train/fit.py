@@ -90,7 +90,8 @@ def train(
         MissingExtraError: trl or datasets is not installed.
     """
     check_installed()
-    run_dir = claim(recipe, base_dir)
+    # Of several processes only the first writes; it may have begun before another looks.
+    run_dir = claim(recipe, base_dir) if is_main_process() else recipe.output_dir.resolve()
     recipe = recipe.model_copy(update={"dtype": machine.dtype, "output_dir": run_dir})
     base = _Base(base_dir, base_name, base_sha256, machine, dtype_note)
     try:

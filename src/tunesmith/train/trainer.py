@@ -76,7 +76,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         """Save the adapter; its weights, which safetensors makes private, get the mode that other files have."""
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_WEIGHTS)
+        if self.args.should_save:  # every process is asked, and one writes
+            shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_WEIGHTS)
 
     def _nats(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The summed loss of a batch in nats, fp32 scalar, and the number of tokens that it sums over."""
