@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ import pytest
 
 from tunesmith.checkpoint import sha256_of
 from tunesmith.conversations import read_conversations
-from tunesmith.errors import BaseModelError, Cancelled, MissingExtraError, OutputError, RecipeError
+from tunesmith.errors import BaseModelError, Cancelled, DataError, MissingExtraError, OutputError, RecipeError
 from tunesmith.progress import Cancellation, Progress
 from tunesmith.train import Machine, Recipe, read_recipe, train
 
@@ -316,3 +317,36 @@ def test_importing_the_room_imports_no_training_library() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "[]\n"
+
+
+def test_base_without_a_template_gets_the_named_one_and_stops_at_its_end(
+    base_dir: Path, recipe_for: RecipeMaker, tmp_path: Path
+) -> None:
+    """Template, end token and where generation stops are saved with the adapter, at the root and in checkpoints."""
+    plain = shutil.copytree(base_dir, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    settings = json.loads((plain / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (plain / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "eos_token": "<|im_start|>"}), encoding="utf-8"
+    )
+    (plain / "generation_config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
+    run_dir = train(
+        recipe_for(template="chatml", max_steps=2, save_steps=1), base_dir=plain, base_name="plain",
+        base_sha256="ab" * 32, machine=CPU,
+    )  # fmt: skip
+    for folder in (run_dir, run_dir / "checkpoint-1"):
+        assert "<|im_end|>" in (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert settings["eos_token"].endswith("im_end|>")
+        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+        assert stops == [1, 0]  # <|im_end|>, and what the base stopped at before
+    with pytest.raises(DataError, match="no chat template"):
+        train(
+            recipe_for(output_dir=str(tmp_path / "other")), base_dir=plain, base_name="plain", base_sha256="",
+            machine=CPU,
+        )  # fmt: skip
+
+
+def test_template_of_the_base_itself_changes_nothing(trained: Trained) -> None:
+    """No file that the base has already, and no second opinion on where to stop."""
+    assert "generation_config.json" not in names(trained.run_dir)

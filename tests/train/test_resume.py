@@ -101,7 +101,7 @@ def test_killed_run_is_explained_and_goes_on(fit: Fit, recipe_for: RecipeMaker, 
     with (run_dir / "trainer_log.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"current_steps": 5, "lo')
     found = ts.inspect(run_dir)
-    assert "run_unfinished" in {finding.code for finding in found.run.findings}
+    assert {"run_unfinished", "run_resumable"} <= {finding.code for finding in found.run.findings}
     resumed = fit(recipe.model_copy(update={"resume_from_checkpoint": True}))
     assert (resumed / ADAPTER).is_file()
     assert "run_unfinished" not in {finding.code for finding in ts.inspect(resumed).run.findings}
@@ -198,3 +198,18 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(base_dir: Path, data_f
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoints"][-1]["step"] == step + 2
+
+
+def test_run_without_a_checkpoint_is_explained(fit: Fit, recipe_for: RecipeMaker, tmp_path: Path) -> None:
+    """It has no adapter to look at, and no state to go on from; what to do is said."""
+    cancellation = Cancellation()
+
+    def seen(event: Progress) -> None:
+        if event.stage == "train" and event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Cancelled):
+        fit(recipe_for(**HARD), progress=seen, cancellation=cancellation)
+    with pytest.raises(ts.TunesmithError, match="before its first checkpoint") as caught:
+        ts.inspect(tmp_path / "run")
+    assert caught.value.next_step == f"tunesmith train {tmp_path / 'run'} overwrite_output_dir=true"

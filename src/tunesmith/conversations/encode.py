@@ -34,10 +34,19 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The token ids that a model is given to answer ``messages``: the chat template with its generation prompt.
 
     Raises:
-        DataError: the tokenizer has no chat template.
-        jinja2.TemplateError: the template refuses these turns.
+        DataError: the tokenizer has no chat template, or it refuses these turns.
     """
-    return _ids(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+    from jinja2 import TemplateError
+
+    try:
+        return _ids(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
+    except TemplateError as error:
+        raise DataError(
+            "The chat template refuses these turns.",
+            where=", ".join(turn.role for turn in messages),
+            found=error,
+            next_step="leave the system text out where the template knows none, and let user and assistant take turns",
+        ) from error
 
 
 def encode(

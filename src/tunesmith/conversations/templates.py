@@ -77,6 +77,9 @@ class _Format(Part):
         return self.prefix + self.system + self.user + self.header + self.answer
 
 
+_END_CHANGED = "template_end_made_eos"
+
+
 class NamedTemplate(Part):
     """The chat template that a run trains with, and what of it is worth knowing.
 
@@ -93,6 +96,11 @@ class NamedTemplate(Part):
     own: bool
     eos_token: str | None
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def ends_otherwise(self) -> bool:
+        """Whether an answer ends with a token that generation did not stop at before."""
+        return any(finding.code == _END_CHANGED for finding in self.findings)
 
     def fit(self, tokenizer: Any) -> None:
         """Give the tokenizer this template and this end, in place; padding is the end token where there was none."""
@@ -161,7 +169,7 @@ def named_template(
         findings.append(Finding(code="template_without_end", severity="warning"))
     elif end != tokenizer.eos_token and tokenizer.convert_tokens_to_ids(end) not in stop_ids:
         params = {"token": end, "before": tokenizer.eos_token}
-        findings.append(Finding(code="template_end_made_eos", severity="info", params=params))
+        findings.append(Finding(code=_END_CHANGED, severity="info", params=params))
     else:
         end = tokenizer.eos_token
     return NamedTemplate(

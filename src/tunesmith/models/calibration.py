@@ -292,12 +292,10 @@ def _chat_frame(tokenizer: Any) -> _Frame | None:
     It is what the seeds' renderings have in common, so that tokens which a text's first or last letters would melt
     into are counted with the text.
     """
-    from jinja2 import TemplateError
-
     for opening in _OPENINGS:
         try:
             rows = [encode_prompt(tokenizer, (*opening, Message(role="user", content=seed))) for seed in SEEDS]
-        except (DataError, TemplateError):
+        except DataError:
             continue
         before = _common_start(rows)
         rows = [row[len(before) :] for row in rows]

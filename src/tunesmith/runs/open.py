@@ -34,6 +34,7 @@ _PICKLED_WEIGHTS = "adapter_model.bin"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LOOKED_INTO = 256  # of the folders of one that is no run itself
 _LISTED = 12
+_OPTIMIZER = "optimizer.pt"
 _MOST_METRICS = 1000
 _MOST_STEPS = 10**9
 _MESSAGE_CHARACTERS = 200
@@ -290,6 +291,8 @@ def _completeness(
     if checkpoints[-1].name != FINAL and not ended:  # ms-swift, for one, leaves nothing at the root
         params: dict[str, Value] = {"checkpoint": checkpoints[-1].name}
         findings.append(Finding(code="run_unfinished", severity="warning", params=params))
+        if is_file(root / MANIFEST) and is_file(Path(checkpoints[-1].path) / _OPTIMIZER):
+            findings.append(Finding(code="run_resumable", severity="info", params={"run": str(root)}))
     part_of_run = _CHECKPOINT.fullmatch(root.name)
     if done is not None and planned is not None and 0 < done < planned and not part_of_run:
         params = {"done": done, "planned": planned}
@@ -336,6 +339,14 @@ def _text(value: object) -> str | None:
 
 
 def _no_adapter(root: Path) -> RunError:
+    if is_file(root / MANIFEST):
+        return RunError(
+            "This training was stopped before its first checkpoint, so there is no adapter yet.",
+            where=root,
+            expected="a checkpoint-N directory",
+            found="logs and settings only",
+            next_step=f"tunesmith train {shlex.quote(str(root))} overwrite_output_dir=true",
+        )
     full_model = is_file(root / "config.json")
     try:
         names = sorted(child.name for child in root.iterdir())[:8]

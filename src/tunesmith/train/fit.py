@@ -258,7 +258,17 @@ def build_trainer(
         callbacks=[*callbacks, *_early_stopping(recipe, evaluates=bool(held_out))],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if prepared.template.ends_otherwise:
+        _stop_there_too(adapted.generation_config, tokenizer.eos_token_id)
+        trainer.saves_generation_config = True
     return trainer
+
+
+def _stop_there_too(generation_config: Any, token_id: int) -> None:
+    """Let generation stop at a further token: the one that the tuned model ends its answers with."""
+    listed = generation_config.eos_token_id
+    before = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    generation_config.eos_token_id = list(dict.fromkeys([token_id, *before]))
 
 
 def _early_stopping(recipe: Recipe, *, evaluates: bool) -> list[Any]:

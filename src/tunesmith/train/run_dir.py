@@ -41,6 +41,7 @@ _OWNED = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    "generation_config.json",
     "held_out.jsonl",
     "training_loss.png",
     "training_eval_loss.png",

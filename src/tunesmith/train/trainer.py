@@ -51,6 +51,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         super().__init__(**kwargs)
         # The tokens of a whole accumulated batch are counted for every architecture, as compute_loss divides by them.
         self.model_accepts_loss_kwargs = True
+        # The base's own generation_config, where the tuned model ends its answers with another token than it lists.
+        self.saves_generation_config = False
         # PEFT would ask the hub whether the vocabulary was resized; it was not.
         self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
 
@@ -76,8 +78,11 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         """Save the adapter; its weights, which safetensors makes private, get the mode that other files have."""
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:  # every process is asked, and one writes
-            shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_WEIGHTS)
+        if not self.args.should_save:  # every process is asked, and one writes
+            return
+        shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_WEIGHTS)
+        if self.saves_generation_config:
+            self.model.generation_config.save_pretrained(folder)
 
     def _nats(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The summed loss of a batch in nats, fp32 scalar, and the number of tokens that it sums over."""
