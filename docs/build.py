@@ -1,7 +1,7 @@
 """Write what the program itself can tell into the documents, or check that they are true.
 
-That is ``docs/cli.md``, from the help of every verb, and the tables of ``docs/run-directory.md``, from the catalogue of
-files and its texts.
+That is ``docs/cli.md``, from the help of every verb; the tables of ``docs/run-directory.md``, from the catalogue of
+files and its texts; and the names of chat templates in ``docs/training.md``.
 
 python docs/build.py            write them
 python docs/build.py --check    fail where they are out of date, a link leads nowhere, the two READMEs tell of
@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +35,15 @@ Data goes to stdout, everything else to stderr; `--json` prints one document wit
 | 141 | whoever read the output went away |
 """
 RUN_DIRECTORY = ROOT / "docs" / "run-directory.md"
+TRAINING = ROOT / "docs" / "training.md"
 TABLE_HEADS = {
     "en": ("File", "Written by", "Needed", "Deleted by `--cleanup`", "What it is"),
     "zh": ("文件", "由谁写入", "用途", "`--cleanup` 会删吗", "说明"),
 }
 GOES = {"en": {True: "yes", False: "no", None: "a copy"}, "zh": {True: "会", False: "不会", None: "只删副本"}}
 _TABLE = "<!-- files {lang}: written by docs/build.py -->\n{table}<!-- end -->"
+_TEMPLATES = "<!-- templates: written by docs/build.py -->\n{names}\n<!-- end -->"
+_LINE = 124  # characters, as the documents are wrapped
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 _MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
 
@@ -71,12 +75,26 @@ def run_directory_document() -> str:
     """The hand-written document with both tables of files as the catalogue has them."""
     document = RUN_DIRECTORY.read_text(encoding="utf-8")
     for lang in TABLE_HEADS:
-        block = re.compile(re.escape(_TABLE.format(lang=lang, table="@")).replace("@", ".*?"), re.DOTALL)
-        table = _TABLE.format(lang=lang, table=files_table(lang))
-        document, count = block.subn(lambda _, table=table: table, document)
-        if count != 1:
-            raise SystemExit(f"{RUN_DIRECTORY.name} must have one table of files for {lang!r}, and has {count}")
+        document = _filled(document, _TABLE.format(lang=lang, table="@"), files_table(lang), where=RUN_DIRECTORY)
     return document
+
+
+def training_document() -> str:
+    """The hand-written document with the name of every chat template."""
+    from tunesmith.conversations import template_names
+
+    names = ", ".join(f"`{name}`" for name in template_names())
+    wrapped = textwrap.fill(names, _LINE, break_long_words=False, break_on_hyphens=False)
+    return _filled(TRAINING.read_text(encoding="utf-8"), _TEMPLATES.format(names="@"), wrapped, where=TRAINING)
+
+
+def _filled(document: str, frame: str, content: str, *, where: Path) -> str:
+    """The document with what stands in its one such frame replaced; ``@`` is the content's place in the frame."""
+    block = re.compile(re.escape(frame).replace("@", ".*?"), re.DOTALL)
+    filled, count = block.subn(lambda _: frame.replace("@", content), document)
+    if count != 1:
+        raise SystemExit(f"{where.name} must have this once, and has it {count} times: {frame}")
+    return filled
 
 
 def files_table(lang: str) -> str:
@@ -105,6 +123,8 @@ def problems() -> list[str]:
         found.append("docs/cli.md is out of date: run `make docs`")
     if RUN_DIRECTORY.read_text(encoding="utf-8") != run_directory_document():
         found.append("docs/run-directory.md is out of date: run `make docs`")
+    if TRAINING.read_text(encoding="utf-8") != training_document():
+        found.append("docs/training.md is out of date: run `make docs`")
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         text = document.read_text(encoding="utf-8")
         name = document.relative_to(ROOT)
@@ -125,6 +145,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         CLI.write_text(cli_document(), encoding="utf-8")
         RUN_DIRECTORY.write_text(run_directory_document(), encoding="utf-8")
+        TRAINING.write_text(training_document(), encoding="utf-8")
         return 0
     found = problems()
     for problem in found:

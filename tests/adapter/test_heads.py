@@ -18,6 +18,9 @@ BASES = (
     modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     modeling_auto.MODEL_MAPPING_NAMES,
 )
+# Transformers 5.6, which LLaMA-Factory 0.9.5 pins, has one class for both halves of this family; later releases have
+# two.  Either finds its own by `model_type`, whatever class a configuration names.
+ONCE_SHARED = {("qwen3_5_text", "Qwen3_5ForSequenceClassification")}
 
 
 def first(names: object) -> str:
@@ -32,7 +35,9 @@ def test_every_class_of_transformers_is_found_from_its_bases(task: str) -> None:
         (kind, first(table[kind]), found)
         for kind, wanted in TABLES[task].items()
         for table in BASES
-        if kind in table and (found := tuned_class(first(table[kind]), kind, task)) != first(wanted)
+        if kind in table
+        and (kind, first(wanted)) not in ONCE_SHARED
+        and (found := tuned_class(first(table[kind]), kind, task)) != first(wanted)
     ]
     assert wrong == []
     assert tuned_class(first(TABLES[task]["bert"]), "bert", task) == first(TABLES[task]["bert"])

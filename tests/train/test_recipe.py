@@ -268,7 +268,7 @@ def test_explicit_dtype_is_obeyed() -> None:
 
 def test_half_precisions_that_contradict_are_refused() -> None:
     """Two wishes are no wish."""
-    assert problems(bf16=True, fp16=True) == ("fp16: true contradicts half_precision bfloat16",)
+    assert problems(bf16=True, fp16=True) == ("fp16: true contradicts bf16: true",)
     assert problems(bf16="maybe") == ("bf16: expected true or false (found 'maybe')",)
 
 

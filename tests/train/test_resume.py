@@ -213,3 +213,38 @@ def test_run_without_a_checkpoint_is_explained(fit: Fit, recipe_for: RecipeMaker
     with pytest.raises(ts.TunesmithError, match="before its first checkpoint") as caught:
         ts.inspect(tmp_path / "run")
     assert caught.value.next_step == f"tunesmith train {tmp_path / 'run'} overwrite_output_dir=true"
+
+
+def test_finished_run_is_not_trained_on(fit: Fit, recipe_for: RecipeMaker) -> None:
+    """Not a step more than was asked for; what to change is said."""
+    run_dir = fit(recipe_for(**HARD))
+    with pytest.raises(RecipeError, match="nothing left to train"):
+        fit(recipe_for(resume_from_checkpoint=True, **HARD))
+    assert (run_dir / ADAPTER).is_file()
+
+
+def test_checkpoint_that_is_named_within_the_run_stays_though_it_may_be_overwritten(
+    fit: Fit, recipe_for: RecipeMaker
+) -> None:
+    """LLaMA-Factory's examples say ``overwrite_output_dir``; that is no order to delete what is gone on from."""
+    run_dir = fit(recipe_for(**HARD))
+    before = sha256_of(run_dir / ADAPTER)
+    named = str(run_dir / "checkpoint-2")
+    again = fit(recipe_for(resume_from_checkpoint=named, overwrite_output_dir=True, **HARD))
+    assert sha256_of(again / ADAPTER) == before
+    assert "goes on from checkpoint-2" in (run_dir / "running_log.txt").read_text(encoding="utf-8")
+
+
+def test_run_of_a_base_that_lies_beside_its_recipe_goes_on(
+    base_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run knows where its base is from where it lies itself."""
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base").symlink_to(base_dir)
+    values = {"model_name_or_path": "base", "dataset": str(data_file), "max_steps": 2, "save_steps": 1}
+    (tmp_path / "sub" / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    run_dir = tmp_path / "sub" / "run"
+    ts.train(tmp_path / "sub" / "recipe.yaml", [f"output_dir={run_dir}"])
+    longer = ts.train(run_dir, ["max_steps=3"], resume=True)
+    assert longer.checkpoints[-1].step == 3

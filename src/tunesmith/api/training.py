@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import StrPath
-from tunesmith.checkpoint import locate_base, weights_sha256
+from tunesmith.checkpoint import is_hub_id, locate_base, weights_sha256
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
-from tunesmith.report import eval_loss_png, loss_png
+from tunesmith.report import eval_loss_png, finding_text, loss_png
 from tunesmith.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def train(
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
+    told: Callable[[str], None] = lambda _: None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Run:
@@ -35,6 +36,7 @@ def train(
         recipe: a YAML file, or a run that was made from one.
         overrides: ``key=value`` pairs that replace keys of it.
         resume: go on from the last checkpoint in its ``output_dir``, as ``resume_from_checkpoint=true`` does.
+        told: told, before it begins, what changes nothing, what is left out, and what is done otherwise than asked.
         progress: told of steps.
         cancellation: read between steps; a checkpoint is written before it ends.
 
@@ -55,12 +57,13 @@ def train(
     parsed, base = _read(recipe, overrides, resume=resume, progress=progress)
     machine, note = _machine(parsed)
     run_dir = fit(
-        parsed,
+        _at(parsed, base),
         base_dir=base,
         base_name=parsed.model_name_or_path,
         base_sha256=weights_sha256(base),
         machine=machine,
         dtype_note=note,
+        told=lambda what: told(what if isinstance(what, str) else finding_text(what)),
         progress=progress,
         cancellation=cancellation,
     )
@@ -118,6 +121,14 @@ def _read(
     source = Path(recipe) / ARGUMENTS if Path(recipe).is_dir() else Path(recipe)
     parsed = read_recipe(source, [*overrides, *(["resume_from_checkpoint=true"] if resume else [])])
     return parsed, locate_base(parsed.base, relative_to=source.parent, progress=progress)
+
+
+def _at(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with the place of a base that is a directory, so that the run can name it from where it lies."""
+    name = recipe.model_name_or_path
+    if Path(name).name != base.name or is_hub_id(name) and not Path(name).is_dir():
+        return recipe
+    return recipe.model_copy(update={"model_name_or_path": str(base.absolute())})
 
 
 def _machine(recipe: Recipe) -> tuple[Machine, str | None]:

@@ -64,7 +64,7 @@ def locate_base(
         "The base model is not there.",
         where=name_or_path,
         expected=f"a directory, a hub id such as org/name, or {EMBEDDED_NAME!r}",
-        next_step="pass --base with the directory of the model that was tuned",
+        next_step="give the directory of the model that was tuned: by --base, in a recipe by model_name_or_path",
     )
 
 

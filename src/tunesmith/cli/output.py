@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tunesmith.record import Record
 
 
+_shown: list[Screen] = []  # the screens on which bars are, the innermost last
+
+
 def console(*, stderr: bool = False) -> Screen:
     """A screen on stdout or stderr."""
     from tunesmith.cli.screen import Screen
@@ -70,10 +73,25 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def aside(text: str) -> None:
+    """Say a sentence on stderr while work goes on; above the bar, where one is shown."""
+    (_shown[-1] if _shown else console(stderr=True)).say(text, style="dim")
+
+
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """Show progress on stderr: a bar on a terminal, one line a stage elsewhere."""
     screen = console(stderr=True)
+    _shown.append(screen)
+    try:
+        with _progress_on(screen) as show:
+            yield show
+    finally:
+        _shown.pop()
+
+
+@contextmanager
+def _progress_on(screen: Screen) -> Iterator[ProgressCallback]:
     if not screen.is_terminal:
         yield _lines(screen)
         return

@@ -10,7 +10,7 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import JsonOption
-from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, stoppable
+from tunesmith.cli.output import aside, command, console, human_bytes, print_json, progress_bar, stoppable
 
 if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
@@ -53,7 +53,7 @@ def train(
             _show_plan(console(), plan, [str(recipe), *(overrides or ())])
         return
     with progress_bar() as progress, stoppable() as cancellation:
-        run = ts.train(recipe, overrides or (), resume=resume, progress=progress, cancellation=cancellation)
+        run = ts.train(recipe, overrides or (), resume=resume, told=aside, progress=progress, cancellation=cancellation)
     if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started, the first speaks
         return
     if as_json:

@@ -42,12 +42,12 @@ def keep_rows(cache: Any, rows: torch.Tensor) -> None:
         cache: as :func:`key_value_cache` made it, in use.
         rows: int64, which to keep, in their new order.
     """
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+    from transformers import cache_utils
 
+    recurrent = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())  # transformers 5.0 has no such layers yet
     for layer in cache.layers:
         # Recurrent states cannot be selected by the method of that name, or are forgotten by it.
-        recurrent = isinstance(layer, LinearAttentionCacheLayerMixin)
-        (layer.reorder_cache if recurrent else layer.batch_select_indices)(rows)
+        (layer.reorder_cache if isinstance(layer, recurrent) else layer.batch_select_indices)(rows)
 
 
 def row_bytes(model: Any, positions: int) -> int:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import BaseModelError, Cancelled, MissingExtraError
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
+from tunesmith.record import Finding
 from tunesmith.train.arguments import (
     attention_implementation,
     lora_config,
@@ -29,7 +30,7 @@ from tunesmith.train.plan import Machine, needs_checkpointing, processes, steps_
 from tunesmith.train.prepare import Prepared, prepare
 from tunesmith.train.quiet import quiet_libraries
 from tunesmith.train.recipe import Recipe
-from tunesmith.train.resume import checkpoint_to_resume, refuse_other_data
+from tunesmith.train.resume import checkpoint_to_resume, goes_on_in_place, refuse_done, refuse_other_data
 from tunesmith.train.rows import write_held_out
 from tunesmith.train.run_dir import claim, clear, drop_unfinished, publish, write_recipe, writing
 
@@ -60,6 +61,7 @@ def train(
     base_sha256: str,
     machine: Machine,
     dtype_note: str | None = None,
+    told: Callable[[Finding | str], None] = lambda _: None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> Path:
@@ -75,6 +77,7 @@ def train(
         base_sha256: hash of the base's weights, for the manifest.
         machine: number format, device and free memory.
         dtype_note: why that number format is another than the recipe wishes for; for the log.
+        told: told, before training begins, what is done otherwise than it may seem.
         progress: told of every optimizer step.
         cancellation: read between steps.
 
@@ -91,12 +94,14 @@ def train(
     """
     check_installed()
     # Of several processes only the first writes; it may have begun before another looks.
-    run_dir = claim(recipe, base_dir) if is_main_process() else recipe.output_dir.resolve()
+    resumed = checkpoint_to_resume(recipe)
+    goes_on = goes_on_in_place(recipe, resumed)
+    run_dir = claim(recipe, base_dir, goes_on=goes_on) if is_main_process() else recipe.output_dir.resolve()
     recipe = recipe.model_copy(update={"dtype": machine.dtype, "output_dir": run_dir})
     base = _Base(base_dir, base_name, base_sha256, machine, dtype_note)
     try:
         with quiet_libraries():
-            _train(recipe, base, progress=progress, cancellation=cancellation)
+            _train(recipe, base, resumed=resumed, told=told, progress=progress, cancellation=cancellation)
     except KeyboardInterrupt as interrupt:
         raise Cancelled from interrupt
     return run_dir
@@ -113,9 +118,16 @@ class _Base:
     dtype_note: str | None
 
 
-def _train(recipe: Recipe, base: _Base, *, progress: ProgressCallback, cancellation: Cancellation | None) -> None:
+def _train(
+    recipe: Recipe,
+    base: _Base,
+    *,
+    resumed: Path | None,
+    told: Callable[[Finding | str], None],
+    progress: ProgressCallback,
+    cancellation: Cancellation | None,
+) -> None:
     started, run_dir = time.monotonic(), recipe.output_dir
-    resumed = checkpoint_to_resume(recipe)
     main = is_main_process()
     if not main:
         progress = no_progress
@@ -124,6 +136,9 @@ def _train(recipe: Recipe, base: _Base, *, progress: ProgressCallback, cancellat
     draft = _manifest(recipe, prepared, base)
     if resumed is not None:
         refuse_other_data(resumed, draft)
+        refuse_done(resumed, draft.steps)
+    for said in _worth_saying(recipe, prepared, base.dtype_note) if main else ():
+        told(said)
     # What the libraries do not take is told before a long load.
     training_arguments(recipe, device=base.machine.device, evaluates=bool(prepared.rows.held_out))
     progress(Progress("load", 0, None, "weights", base.name))
@@ -141,8 +156,8 @@ def _train(recipe: Recipe, base: _Base, *, progress: ProgressCallback, cancellat
     try:
         with writing(run_dir):
             if main:
-                _begin(recipe, prepared, draft, resumed=resumed is not None)
-                _note_beginning(journal, draft, prepared, base.dtype_note)
+                _begin(recipe, prepared, draft, goes_on=goes_on_in_place(recipe, resumed))
+                _note_beginning(journal, draft, prepared, base.dtype_note, resumed)
             trainer.accelerator.wait_for_everyone()
             _run(trainer, run_dir, journal, resumed)
             if main:
@@ -157,15 +172,25 @@ def _train(recipe: Recipe, base: _Base, *, progress: ProgressCallback, cancellat
         raise
 
 
+def _worth_saying(recipe: Recipe, prepared: Prepared, dtype_note: str | None) -> Iterator[Finding | str]:
+    """Keys that change nothing, the number format, and what was found in the rows."""
+    for use in recipe.key_uses:
+        if use.use == "harmless":
+            yield f"{use.key}: {use.value} changes nothing here; {use.note}"
+    if dtype_note:
+        yield dtype_note
+    yield from prepared.findings
+
+
 def is_main_process() -> bool:
     """Whether this is the only process of a training, or the first of those that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _begin(recipe: Recipe, prepared: Prepared, draft: Manifest, *, resumed: bool) -> None:
+def _begin(recipe: Recipe, prepared: Prepared, draft: Manifest, *, goes_on: bool) -> None:
     """Make the run directory, or make one ready that is gone on with; the manifest is there from the start."""
     run_dir = recipe.output_dir
-    if resumed and recipe.resume_from_checkpoint is True:
+    if goes_on:
         drop_unfinished(run_dir)
     else:
         clear(run_dir)
@@ -334,7 +359,11 @@ def _last_evaluation(trainer: SupervisedTrainer) -> dict[str, float]:
     return dict(trainer.evaluate())
 
 
-def _note_beginning(journal: Journal, manifest: Manifest, prepared: Prepared, dtype_note: str | None) -> None:
+def _note_beginning(
+    journal: Journal, manifest: Manifest, prepared: Prepared, dtype_note: str | None, resumed: Path | None
+) -> None:
+    if resumed is not None:
+        journal.note(f"goes on from {resumed.name}")
     journal.note(f"base {manifest.base_model}, {manifest.compute_dtype} on {manifest.device}, seed {manifest.seed}")
     if dtype_note:
         journal.note(dtype_note)

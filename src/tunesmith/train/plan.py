@@ -21,7 +21,6 @@ from tunesmith.train.rows import IGNORED
 _BARS = 12
 # Beside its products a step adds, norms and copies; found on small models, where that weighs most.
 _OVERHEAD = 1.6
-_CHECKPOINTING_FLOPS = 4 / 3  # each forward pass is made twice
 _BYTES_AT_MOST = 4 * 34  # a number of the hidden state in float32, kept 34 times (https://arxiv.org/abs/2205.05198)
 _ROOM = 0.5  # of the free memory, for activations
 
@@ -230,7 +229,7 @@ def _memory(found: Estimate, machine: Machine, *, checkpointing: bool) -> Memory
 def _seconds(found: Estimate, flops_per_s: float | None, *, checkpointing: bool) -> float | None:
     if flops_per_s is None:
         return None
-    return found.flops * _OVERHEAD * (_CHECKPOINTING_FLOPS if checkpointing else 1) / flops_per_s
+    return (found.checkpointed_flops if checkpointing else found.flops) * _OVERHEAD / flops_per_s
 
 
 def steps_of(recipe: Recipe, rows: int) -> tuple[int, float]:

@@ -318,9 +318,12 @@ class Recipe(PassedOn):
         for key in ("dataset", "eval_dataset"):
             if key in values:
                 values[key] = [_relative(name, run_dir) for name in values[key]]
-        for key in ("dataset_dir", "output_dir", "resume_from_checkpoint"):
+        paths = ["dataset_dir", "output_dir", "resume_from_checkpoint"]
+        if Path(self.model_name_or_path).is_dir():  # else it is a name
+            paths.append("model_name_or_path")
+        for key in paths:
             if isinstance(values.get(key), str):
-                values[key] = _relative(values[key], run_dir)
+                values[key] = _relative(Path(str(values[key])).absolute(), run_dir)
         return values
 
 
@@ -400,6 +403,7 @@ def _checked(values: Mapping[str, object], places: Mapping[str, object], where: 
 def _fold_spellings(given: dict[str, object]) -> list[str]:
     """Turn keys that say the same in another word into those that are fields, in place; the problems with that."""
     problems = []
+    said_by: dict[str, str] = {}
     if isinstance(asked := given.get("dtype"), str):
         given["dtype"] = _DTYPE_ALIASES.get(asked, asked)
     for key, (field, meant) in SPELLINGS.items():
@@ -409,7 +413,9 @@ def _fold_spellings(given: dict[str, object]) -> list[str]:
         elif value and field == "packing":
             given[field] = True  # on where either of LLaMA-Factory's words for it says so
         elif value and given.setdefault(field, meant) != meant:
-            problems.append(f"{key}: true contradicts {field} {given[field]}")
+            problems.append(f"{key}: true contradicts {said_by.get(field, f'{field} {given[field]}')}")
+        elif value:
+            said_by[field] = f"{key}: true"
     if not given.get("lora_alpha") and not isinstance(given.get("lora_alpha"), bool):
         given["lora_alpha"] = 2 * _rank(given.get("lora_rank", _LORA_RANK))
     return problems

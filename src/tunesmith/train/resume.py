@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tunesmith.errors import RecipeError, TunesmithError
@@ -13,6 +14,7 @@ _OPTIMIZER = "optimizer.pt"
 # What may be otherwise when a training goes on: where and how often something is written, and how long it goes on.
 _FREE = frozenset(
     {
+        "model_name_or_path",  # its weights are held against those that the run began with
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
@@ -72,6 +74,32 @@ def checkpoint_to_resume(recipe: Recipe) -> Path | None:
         )
     _refuse_another_recipe(recipe, checkpoint.parent)
     return checkpoint
+
+
+def goes_on_in_place(recipe: Recipe, checkpoint: Path | None) -> bool:
+    """Whether a run goes on in its own directory, so that nothing of it makes way."""
+    return checkpoint is not None and checkpoint.parent.resolve() == recipe.output_dir.resolve()
+
+
+def refuse_done(checkpoint: Path, steps: int) -> None:
+    """Refuse to go on with a run that has come to its end.
+
+    Args:
+        checkpoint: where the training goes on from.
+        steps: optimizer steps that the recipe asks for.
+
+    Raises:
+        RecipeError: they have been done.
+    """
+    done = int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+    if done >= steps:
+        raise RecipeError(
+            "There is nothing left to train: all steps have been done.",
+            where=checkpoint,
+            expected=f"fewer than {steps} steps",
+            found=f"{done} steps",
+            next_step="to train longer, raise max_steps or num_train_epochs",
+        )
 
 
 def refuse_other_data(checkpoint: Path, now: Manifest) -> None:

@@ -49,8 +49,13 @@ _OWNED = (
 )
 
 
-def claim(recipe: Recipe, base_dir: Path) -> Path:
+def claim(recipe: Recipe, base_dir: Path, *, goes_on: bool = False) -> Path:
     """Make sure that the recipe's ``output_dir`` may be written; nothing is written yet.
+
+    Args:
+        recipe: says where.
+        base_dir: what is never written.
+        goes_on: whether a run that is there goes on.
 
     Returns:
         Its absolute path.
@@ -68,8 +73,7 @@ def claim(recipe: Recipe, base_dir: Path) -> Path:
         )
     if target.exists() and not target.is_dir():
         raise OutputError("The output directory is a file.", where=target, next_step="choose another output_dir")
-    going_on = recipe.resume_from_checkpoint is True
-    if target.is_dir() and any(target.iterdir()) and not (recipe.overwrite_output_dir or going_on):
+    if target.is_dir() and any(target.iterdir()) and not (recipe.overwrite_output_dir or goes_on):
         begun = (
             " a run that was begun there goes on with resume_from_checkpoint=true;"
             if _holds_checkpoints(target)
