@@ -126,7 +126,7 @@ def _read(
 def _at(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with the place of a base that is a directory, so that the run can name it from where it lies."""
     name = recipe.model_name_or_path
-    if Path(name).name != base.name or is_hub_id(name) and not Path(name).is_dir():
+    if Path(name).name != base.name or (is_hub_id(name) and not Path(name).is_dir()):
         return recipe
     return recipe.model_copy(update={"model_name_or_path": str(base.absolute())})
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.train.recipe import Recipe
 
 _EVAL_BATCH_FACTOR = 4  # no activations are kept for a backward pass
+_BUSY_TOKENS = 256  # more at once make a CPU's products no faster
 _ATTENTION = {
     "disabled": "eager",
     "sdpa": "sdpa",
@@ -142,6 +143,7 @@ def training_arguments(
     world_size: int = 1,
     flat: bool = False,
     gradient_checkpointing: bool = False,
+    rows_a_pass: int | None = None,
 ) -> Any:
     """The recipe as TRL's ``SFTConfig``.
 
@@ -152,6 +154,7 @@ def training_arguments(
         world_size: processes that train together.
         flat: whether a batch is without padding, so that rows of unequal length may be in one at no cost.
         gradient_checkpointing: whether activations are computed twice, where the recipe leaves that open.
+        rows_a_pass: rows of one forward pass, a divisor of the batch, whose other rows are accumulated; None for all.
 
     Raises:
         RecipeError: the libraries that are installed know a key or a value of it not, or do not take it.
@@ -164,6 +167,7 @@ def training_arguments(
     checkpointing = gradient_checkpointing if asked is None else asked
     values = {
         **_passed_on(recipe, device=device, world_size=world_size),
+        **_passes(recipe, rows_a_pass or recipe.per_device_train_batch_size),
         **_computing(recipe, device=device),
         **_in_their_words(known, order=order, checkpointing=checkpointing),
         **_logging_and_saving(recipe, evaluates=evaluates),
@@ -171,6 +175,28 @@ def training_arguments(
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     return _built(values, known)
+
+
+def rows_a_pass(recipe: Recipe, lengths: Sequence[int], *, device: str) -> int:
+    """How many rows of a batch are computed at once: on a CPU, as few as keep it busy, for each costs memory.
+
+    The loss is a mean over the tokens of the whole batch however many passes that takes, and so are its gradients.
+
+    Args:
+        recipe: the recipe.
+        lengths: of the rows, in tokens.
+        device: ``cpu``, ``cuda`` … that is trained on; on others than a CPU it is the whole batch.
+    """
+    batch = recipe.per_device_train_batch_size
+    if device != "cpu":
+        return batch
+    needed = _BUSY_TOKENS * len(lengths) / max(1, sum(lengths))
+    return next(rows for rows in range(1, batch + 1) if batch % rows == 0 and (rows >= needed or rows == batch))
+
+
+def _passes(recipe: Recipe, rows: int) -> dict[str, Any]:
+    passes = recipe.gradient_accumulation_steps * recipe.per_device_train_batch_size // rows
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
 
 
 def _built(values: dict[str, Any], known: Container[str]) -> Any:

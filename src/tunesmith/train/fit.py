@@ -23,6 +23,7 @@ from tunesmith.train.arguments import (
     lora_config,
     loraplus_optimizer,
     quantization_config,
+    rows_a_pass,
     training_arguments,
 )
 from tunesmith.train.manifest import MANIFEST_NAME, Manifest, unplaced
@@ -271,6 +272,7 @@ def build_trainer(
         world_size=processes(),
         flat=layout.flat,
         gradient_checkpointing=keeps_too_much,
+        rows_a_pass=rows_a_pass(recipe, [len(row["input_ids"]) for row in train], device=machine.device),
     )
     trainer = SupervisedTrainer(
         model=adapted,

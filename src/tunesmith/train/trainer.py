@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from tunesmith.errors import RecipeError
 from tunesmith.train.arguments import complete_schedule
+from tunesmith.train.head import is_plain_head, nats_of
 from tunesmith.train.rows import IGNORED
 from tunesmith.train.run_dir import ADAPTER_WEIGHTS
 
@@ -51,6 +52,7 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         super().__init__(**kwargs)
         # The tokens of a whole accumulated batch are counted for every architecture, as compute_loss divides by them.
         self.model_accepts_loss_kwargs = True
+        self.plain_head = is_plain_head(self.model)
         # The base's own generation_config, where the tuned model ends its answers with another token than it lists.
         self.saves_generation_config = False
         # PEFT would ask the hub whether the vocabulary was resized; it was not.
@@ -86,23 +88,38 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
 
     def _nats(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """The summed loss of a batch in nats, fp32 scalar, and the number of tokens that it sums over."""
-        targets = inputs["shift_labels"]
-        counts = targets != IGNORED
+        counts = inputs["shift_labels"] != IGNORED
+        targets = inputs["shift_labels"][counts]
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        seen = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+        if self.plain_head and not smoothing:
+            return self._head_is_given(model, seen, counts, sums_with=targets), len(targets)
+        logits = self._head_is_given(model, seen, counts)
+        return F.cross_entropy(logits[0].float(), targets, reduction="sum", label_smoothing=smoothing), len(targets)
+
+    def _head_is_given(
+        self, model: Any, seen: dict[str, torch.Tensor], counts: torch.Tensor, *, sums_with: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The logits of the supervised positions, [1, tokens, vocabulary]; or their summed loss with these targets.
+
+        By hooks rather than by `logits_to_keep`: that keeps the same columns in every row, and not all models have it.
+        What a model does to its logits afterwards (scaling, soft caps) still happens.
+        """
+        head, found = self.model.get_output_embeddings(), []
 
         def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (args[0][counts].unsqueeze(0), *args[1:])
+            kept = args[0][counts]
+            if sums_with is None:
+                return (kept.unsqueeze(0), *args[1:])
+            found.append(nats_of(kept, head, sums_with))
+            return (kept[:1].detach().unsqueeze(0), *args[1:])  # the model wants logits of something
 
-        # A hook rather than `logits_to_keep`: that keeps the same columns in every row, and not all models have it.
-        # What a model does to its logits afterwards (scaling, soft caps) still happens.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
-        seen = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+        hook = head.register_forward_pre_hook(keep_supervised)
         try:
-            logits = model(**seen, use_cache=False).logits
+            logits: torch.Tensor = model(**seen, use_cache=False).logits
         finally:
             hook.remove()
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        nats = F.cross_entropy(logits[0].float(), targets[counts], reduction="sum", label_smoothing=smoothing)
-        return nats, int(counts.sum())
+        return found[0] if found else logits
 
     def compute_loss(
         self,
