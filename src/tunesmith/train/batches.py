@@ -163,20 +163,22 @@ def attend_by_rows(
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
-    shared, *ends = row_bounds.tolist()
-    rows, start = [], 0
-    for end in [shared, *ends] if shared else ends:
-        mine = slice(start, end)
-        before = shared if start else 0
-        keys, values = key[:, :, mine], value[:, :, mine]
-        if before:
-            keys, values = (torch.cat((full[:, :, :shared], own), 2) for full, own in ((key, keys), (value, values)))
-        order = torch.arange(keys.shape[2], device=query.device)
+    # Split rather than sliced, whose gradient would be as large as the whole, and zero but for a row.
+    shared, *lengths = row_bounds.diff(prepend=row_bounds.new_zeros(1)).tolist()
+    queries, keys, values = (whole.split((shared, *lengths), 2) for whole in (query, key, value))
+    rows = []
+    for at, own in enumerate(queries):
+        before = shared if at else 0
+        if not own.shape[2]:  # nothing in common
+            continue
+        seen = [(part[0], part[at]) if before else (part[at],) for part in (keys, values)]
+        row_keys, row_values = (torch.cat(parts, 2) for parts in seen)
+        order = torch.arange(before + own.shape[2], device=query.device)
         rows.append(
             F.scaled_dot_product_attention(
-                query[:, :, mine],
-                keys,
-                values,
+                own,
+                row_keys,
+                row_values,
                 attn_mask=(order <= order[before:, None]) if before else None,
                 is_causal=not before,
                 dropout_p=dropout,
@@ -184,7 +186,6 @@ def attend_by_rows(
                 enable_gqa=key.shape[1] != query.shape[1],
             )
         )
-        start = end
     return torch.cat(rows, 2).transpose(1, 2), None
 
 
