@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -429,6 +430,8 @@ VISION_MODELS = [
 @pytest.mark.parametrize("kind", [*TEXT_MODELS, *VISION_MODELS])
 def test_the_view_applies_to_what_transformers_replaces(tmp_path: Path, kind: str) -> None:
     """Names on disk against the installed Transformers' own choice of layers."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"the installed Transformers has no {kind}")
     model = vision_model(kind) if kind in VISION_MODELS else text_model(kind)
     base = saved(model, tmp_path)
     expected = replaced_by_bitsandbytes(model, base)

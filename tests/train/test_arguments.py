@@ -19,6 +19,7 @@ from tunesmith.train.arguments import (
     lora_config,
     loraplus_optimizer,
     quantization_config,
+    rows_a_pass,
     training_arguments,
 )
 
@@ -453,3 +454,25 @@ def test_attention_is_as_asked_where_it_is_installed(monkeypatch: pytest.MonkeyP
     ]
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
     assert attention_implementation(recipe(flash_attn="fa2")) == "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "device", "rows"),
+    [
+        (4, 139, "cpu", 2), (4, 20, "cpu", 4), (8, 300, "cpu", 1), (6, 100, "cpu", 3), (7, 100, "cpu", 7),
+        (4, 139, "cuda", 4),
+    ],
+)  # fmt: skip
+def test_few_rows_a_pass_where_they_keep_the_device_busy(batch: int, length: int, device: str, rows: int) -> None:
+    """A divisor of the batch, so that steps, rows and their order stay as they were asked for."""
+    recipe = Recipe.of(
+        {
+            "model_name_or_path": "tiny", "dataset": "rows.json", "output_dir": "out",
+            "per_device_train_batch_size": batch, "gradient_accumulation_steps": 3,
+        }
+    )  # fmt: skip
+    assert rows_a_pass(recipe, [length - 1, length + 1], device=device) == rows
+    arguments = training_arguments(recipe, device="cpu", evaluates=False, rows_a_pass=rows)
+    assert arguments.per_device_train_batch_size == rows
+    assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 3 * batch
+    assert arguments.per_device_eval_batch_size == 4 * batch

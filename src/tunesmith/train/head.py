@@ -14,7 +14,7 @@ _CHUNK = 128  # tokens whose logits are there at once
 _PROBE = (3.5, -2.25, 0.125)
 
 
-class _Nats(torch.autograd.Function):
+class _Nats(torch.autograd.Function):  # type: ignore[misc] # torch is untyped here
     """The summed loss of tokens by a linear head that is not trained, its logits made a few tokens at a time.
 
     The gradient of a token's loss by its logits is softmax minus one-hot, which is at hand when the logits are.
@@ -43,7 +43,7 @@ class _Nats(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Hand the gradient on."""
         (gradient,) = ctx.saved_tensors
         return gradient * slope.to(gradient.dtype), None, None
