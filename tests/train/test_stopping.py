@@ -116,7 +116,8 @@ def test_early_stopping_keeps_the_best(fit_recipe: Fit, recipe_for: RecipeMaker)
 
     recipe = recipe_for(
         val_size=4, max_steps=60, save_steps=2, eval_steps=2, learning_rate=3e-1, warmup_ratio=0,
-        stop_on_divergence=False, early_stopping_steps=2, load_best_model_at_end=True, eval_strategy="steps", lr_scheduler_type="constant",
+        stop_on_divergence=False, early_stopping_steps=2, load_best_model_at_end=True, eval_strategy="steps",
+        lr_scheduler_type="constant",
     )  # fmt: skip
     run_dir = fit_recipe(recipe)
     losses = {row["current_steps"]: row["eval_loss"] for row in log_rows(run_dir) if "eval_loss" in row}
