@@ -246,5 +246,6 @@ def test_run_of_a_base_that_lies_beside_its_recipe_goes_on(
     (tmp_path / "sub" / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
     run_dir = tmp_path / "sub" / "run"
     ts.train(tmp_path / "sub" / "recipe.yaml", [f"output_dir={run_dir}"])
+    assert ts.inspect(run_dir).run.findings == ()
     longer = ts.train(run_dir, ["max_steps=3"], resume=True)
     assert longer.checkpoints[-1].step == 3

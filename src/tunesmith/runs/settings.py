@@ -99,7 +99,10 @@ def _sources(
     yield ADAPTER_CONFIG, _adapter_settings(config)
     yield state_file, _plain({key: state[key] for key in _STATE_SETTINGS if key in state})
     yield SWIFT_ARGUMENTS, _plain(documents.json(SWIFT_ARGUMENTS))
-    yield FACTORY_ARGUMENTS, _numbers(documents.yaml(FACTORY_ARGUMENTS))
+    arguments = _numbers(documents.yaml(FACTORY_ARGUMENTS))
+    if manifest:  # ours names a base that is a directory by its place, seen from the run; what it is called is above
+        arguments.pop("model_name_or_path", None)
+    yield FACTORY_ARGUMENTS, arguments
     form = documents.yaml(FACTORY_FORM)
     yield FACTORY_FORM, {key.rpartition(".")[2]: value for key, value in _numbers(form).items()}
     yield FACTORY_PRINTED, _printed(documents.text(FACTORY_PRINTED))

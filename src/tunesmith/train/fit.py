@@ -26,6 +26,7 @@ from tunesmith.train.arguments import (
     rows_a_pass,
     training_arguments,
 )
+from tunesmith.train.keys import AS_ANYWAY
 from tunesmith.train.manifest import MANIFEST_NAME, Manifest, unplaced
 from tunesmith.train.plan import Machine, needs_checkpointing, processes, steps_of
 from tunesmith.train.prepare import Prepared, prepare
@@ -176,7 +177,7 @@ def _train(
 def _worth_saying(recipe: Recipe, prepared: Prepared, dtype_note: str | None) -> Iterator[Finding | str]:
     """Keys that change nothing, the number format, and what was found in the rows."""
     for use in recipe.key_uses:
-        if use.use == "harmless":
+        if use.use == "harmless" and use.note != AS_ANYWAY:
             yield f"{use.key}: {use.value} changes nothing here; {use.note}"
     if dtype_note:
         yield dtype_note

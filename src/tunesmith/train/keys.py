@@ -164,7 +164,9 @@ _NOTES = {
     "flash_attn": "taken where its library is installed",
 }
 
-_AS_ANYWAY = "it asks for what is done anyway"
+AS_ANYWAY = "it asks for what is done anyway"
+"""The note on a harmless key whose value is what happens without it."""
+
 _SECRET = ("token", "api_key", "secret", "webhook_url", "password")
 _MASK = "***"
 
@@ -204,7 +206,7 @@ def explain(values: Mapping[str, object], fields: Container[str]) -> tuple[KeyUs
 def _explained(key: str, value: object, fields: Container[str]) -> KeyUse:
     written = shown(key, value)
     if key in SPELLINGS and value is False:
-        return KeyUse(key=key, value=written, use="harmless", note=_AS_ANYWAY)
+        return KeyUse(key=key, value=written, use="harmless", note=AS_ANYWAY)
     if key in fields or key in SPELLINGS:
         # A note is about what the key asks for, so it goes with a value that asks for something.
         return KeyUse(key=key, value=written, use="used", note=_NOTES.get(key, "") if value else "")
@@ -213,7 +215,7 @@ def _explained(key: str, value: object, fields: Container[str]) -> KeyUse:
     if key in REFUSED:
         neutral, reason = REFUSED[key]
         if not value or value in neutral:
-            return KeyUse(key=key, value=written, use="harmless", note=_AS_ANYWAY)
+            return KeyUse(key=key, value=written, use="harmless", note=AS_ANYWAY)
         return KeyUse(key=key, value=written, use="refused", note=f"{reason} (found {written})")
     return KeyUse(key=key, value=written, use="refused", note="unknown key")
 
