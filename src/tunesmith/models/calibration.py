@@ -345,18 +345,16 @@ def _plain_starts(tokenizer: Any, sequences: int, window: int | None) -> list[li
 
 
 def _row_ids(tokenizer: Any, row: Conversation) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        if row.answer is None:
-            return encode_prompt(tokenizer, row.messages)
+    if row.answer is not None:
         try:
             return encode(tokenizer, row).input_ids
         except DataError:  # a template that rewrites earlier turns: as when the model answers
-            answer = tokenizer(row.answer, add_special_tokens=False)["input_ids"]
-            return encode_prompt(tokenizer, row.prompt) + list(answer)
-    except TemplateError as error:
-        raise DataError("The chat template refuses a row.", where=row.id, found=error) from error
+            pass
+    try:
+        prompt = encode_prompt(tokenizer, row.prompt)
+    except DataError as error:
+        raise DataError(error.what, where=row.id, found=error.found, next_step=error.next_step) from error
+    return prompt + list(tokenizer(row.answer or "", add_special_tokens=False)["input_ids"])
 
 
 def _check_sequences(model: Any, rows: list[list[int]]) -> None:
