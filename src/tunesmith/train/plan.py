@@ -21,8 +21,10 @@ from tunesmith.train.rows import IGNORED
 _BARS = 12
 # Beside its products a step adds, norms and copies; found on small models, where that weighs most.
 _OVERHEAD = 1.6
-_BYTES_AT_MOST = 4 * 34  # a number of the hidden state in float32, kept 34 times (https://arxiv.org/abs/2205.05198)
-_ROOM = 0.5  # of the free memory, for activations
+# Of one token in float32, a number of the hidden state, a vocabulary entry and a pair of attention:
+# https://arxiv.org/abs/2205.05198, section 4, twice.
+_LAYER_BYTES, _HEAD_BYTES, _ATTENTION_BYTES = 2 * 4 * 34, 4 * 4, 4 * 5
+_PLAINLY = 0.125  # of the free memory; the weights take some of it
 
 
 class TokenLengths(Part):
@@ -173,9 +175,7 @@ def plan_training(
         examples = prepared.train.examples
         steps, epochs = steps_of(recipe, len(examples))
         found = _estimate(recipe, prepared, load_config(base_dir), machine, steps=steps)
-    checkpointing = recipe.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = found is not None and machine.free_bytes is not None and _takes_too_much(found, machine)
+    checkpointing = bool(recipe.gradient_checkpointing) if found is None else found.checkpointing
     return TrainingPlan(
         base_model=recipe.model_name_or_path,
         output_dir=str(recipe.output_dir),
@@ -196,8 +196,8 @@ def plan_training(
         rows_a_step=recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes(),
         trained_parameters=None if found is None else found.trained_parameters,
         gradient_checkpointing=checkpointing,
-        memory=None if found is None else _memory(found, machine, checkpointing=checkpointing),
-        seconds=None if found is None else _seconds(found, flops_per_s, checkpointing=checkpointing),
+        memory=None if found is None else _memory(found, machine),
+        seconds=None if found is None else _seconds(found, flops_per_s),
         example=shown_example(prepared.tokenizer, examples[0]),
     )
 
@@ -210,32 +210,31 @@ def _estimate(recipe: Recipe, prepared: Prepared, config: Any, machine: Machine,
         prepared.train.examples,
         dtype=machine.dtype,
         device=machine.device,
+        free_bytes=machine.free_bytes,
         steps=steps,
         pad_token_id=pad,
     )
 
 
-def _memory(found: Estimate, machine: Machine, *, checkpointing: bool) -> MemoryPlan:
-    activations = found.checkpointed_bytes if checkpointing else found.activations_bytes
+def _memory(found: Estimate, machine: Machine) -> MemoryPlan:
     return MemoryPlan(
         weights_bytes=found.weights_bytes,
         adapter_bytes=found.adapter_bytes,
-        activations_bytes=activations,
-        total_bytes=found.weights_bytes + found.adapter_bytes + activations,
+        activations_bytes=found.activations_bytes,
+        total_bytes=found.weights_bytes + found.adapter_bytes + found.activations_bytes,
         free_bytes=machine.free_bytes,
     )
 
 
-def _seconds(found: Estimate, flops_per_s: float | None, *, checkpointing: bool) -> float | None:
-    if flops_per_s is None:
-        return None
-    return (found.checkpointed_flops if checkpointing else found.flops) * _OVERHEAD / flops_per_s
+def _seconds(found: Estimate, flops_per_s: float | None) -> float | None:
+    return None if flops_per_s is None else found.flops * _OVERHEAD / flops_per_s
 
 
 def steps_of(recipe: Recipe, rows: int) -> tuple[int, float]:
     """Optimizer steps, and the passes over the rows that these are; as the Trainer counts them."""
-    batches = math.ceil(rows / (recipe.per_device_train_batch_size * processes()))
-    a_pass = max(1, math.ceil(batches / recipe.gradient_accumulation_steps))
+    batches = rows / (recipe.per_device_train_batch_size * processes())
+    whole = math.floor(batches) if recipe.dataloader_drop_last else math.ceil(batches)
+    a_pass = max(1, math.ceil(whole / recipe.gradient_accumulation_steps))
     if recipe.max_steps and recipe.max_steps > 0:
         return recipe.max_steps, recipe.max_steps / a_pass
     return math.ceil(recipe.num_train_epochs * a_pass), recipe.num_train_epochs
@@ -259,20 +258,18 @@ def needs_checkpointing(recipe: Recipe, prepared: Prepared, config: Any, machine
         return bool(recipe.gradient_checkpointing)
     longest = max(len(example["input_ids"]) for example in prepared.train.examples)
     tokens = longest * recipe.per_device_train_batch_size
-    if _BYTES_AT_MOST * tokens * _numbers_a_token(config) < _ROOM * machine.free_bytes / 2:
-        return False  # plainly; it need not be played through
+    if _bytes_at_most(config, tokens, longest) < _PLAINLY * machine.free_bytes:
+        return False  # it need not be played through
     found = _estimate(recipe, prepared, config, machine, steps=1)
-    return found is not None and _takes_too_much(found, machine)
+    return found is not None and found.checkpointing
 
 
-def _numbers_a_token(config: Any) -> int:
+def _bytes_at_most(config: Any, tokens: int, longest: int) -> float:
+    """What the layers and the head keep of a batch, and rather more; the attention of models that keep its weights."""
     text = config.get_text_config()
-    return int(text.hidden_size * getattr(text, "num_hidden_layers", 1))
-
-
-def _takes_too_much(found: Estimate, machine: Machine) -> bool:
-    room = (machine.free_bytes or 0) - found.weights_bytes - found.adapter_bytes
-    return found.activations_bytes > _ROOM * max(0, room)
+    layers = getattr(text, "num_hidden_layers", 1)
+    attention = _ATTENTION_BYTES * longest * getattr(text, "num_attention_heads", 1)
+    return float(tokens * (layers * (_LAYER_BYTES * text.hidden_size + attention) + _HEAD_BYTES * text.vocab_size))
 
 
 def lengths_of(lengths: Sequence[int]) -> TokenLengths:

@@ -8,21 +8,26 @@ played, and then a second one, whose difference is what the others add.
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tunesmith.train.head import nats_of
 from tunesmith.train.rows import IGNORED
 
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _BACKWARD_PRODUCTS = 2.5  # attention's backward pass has five products, its forward pass two
 
 
@@ -111,39 +116,69 @@ def _only(model: Any, layers: Any, chosen: Sequence[int]) -> Iterator[None]:
 
 def _play(model: Any, batch: dict[str, torch.Tensor], *, dtype: str, checkpointed: bool) -> Pass:
     supervised = int((batch["shift_labels"] != IGNORED).sum())
-
-    def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1)[:supervised].unsqueeze(0), *args[1:])
-
+    pads = "row_bounds" not in batch and not bool(batch["attention_mask"].all())
     half = getattr(torch, dtype)
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, _faked(model), _recomputing(model, checkpointed):
-            inputs = _inputs(batch, fake)
-            trained = [weight for weight in model.parameters() if weight.requires_grad]
-            with _Watch(trained) as watch:
-                with torch.autocast("cpu", half, enabled=half != torch.float32):
-                    logits = model(**inputs, use_cache=False).logits[0].float()
-                targets = torch.zeros(supervised, dtype=torch.long)
-                torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
-    finally:
-        hook.remove()
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        _hushed(),
+        _faked(model),
+        _recomputing(model, checkpointed),
+    ):
+        inputs = _inputs(batch, fake, pads=pads)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        with _Watch(trained) as watch, torch.autocast("cpu", half, enabled=half != torch.float32):
+            nats = _nats(model, inputs, torch.zeros(supervised, dtype=torch.long))
+            nats.backward()
     return Pass(watch.flops, watch.peak_bytes)
 
 
-def _inputs(batch: dict[str, torch.Tensor], fake: FakeTensorMode) -> dict[str, Any]:
+def _nats(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+    """The loss as the trainer sums it."""
+    head, found, supervised = model.get_output_embeddings(), [], len(targets)
+    plain = _is_plain(model, head)
+
+    def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        kept = args[0].flatten(0, 1)[:supervised]
+        if plain:
+            found.append(nats_of(kept, head, targets))
+            kept = kept[:1].detach()
+        return (kept.unsqueeze(0), *args[1:])
+
+    hook = head.register_forward_pre_hook(keep_supervised)
+    try:
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    return found[0] if found else torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+
+
+def _is_plain(model: Any, head: Any) -> bool:
+    """What ``head.is_plain_head`` finds out with numbers, told by the configuration's words for it."""
+    config = model.config.get_text_config()
+    changed = any(getattr(config, key, None) not in (None, 1, 1.0) for key in _CHANGES_LOGITS)
+    return type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad and not changed
+
+
+def _inputs(batch: dict[str, torch.Tensor], fake: FakeTensorMode, *, pads: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         key: fake.from_tensor(batch[key]) for key in ("input_ids", "position_ids") if key in batch
     }
     if "row_bounds" in batch:  # where rows end is read, and so must be there
         return inputs | {
-            "row_bounds": batch["row_bounds"],
+            "row_bounds": batch["row_bounds"].as_subclass(_Real),
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         }
     rows, longest = batch["input_ids"].shape
-    if bool(batch["attention_mask"].all()):
-        return inputs
-    return inputs | {"attention_mask": torch.ones(rows, 1, longest, longest, dtype=torch.bool)}
+    return inputs | ({"attention_mask": torch.ones(rows, 1, longest, longest, dtype=torch.bool)} if pads else {})
+
+
+class _Real(torch.Tensor):  # type: ignore[misc] # torch has no types here  # type: ignore[misc]
+    """A tensor whose numbers are there, among fake ones."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with _disable_current_modes():
+            return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager
@@ -178,10 +213,11 @@ def _recomputing(model: Any, checkpointed: bool) -> Iterator[None]:
     if not checkpointed:
         yield
         return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()  # as PEFT's models need it: what is frozen before the first layer has none
-    # Numbers are not drawn here, so that their generator's state need not be kept.
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):  # no number is drawn, so no generator's state is kept
+            module._gradient_checkpointing_func = partial(module._gradient_checkpointing_func, preserve_rng_state=False)
     try:
         yield
     finally:
@@ -189,7 +225,21 @@ def _recomputing(model: Any, checkpointed: bool) -> Iterator[None]:
         model.disable_input_require_grads()
 
 
-class _Watch(TorchDispatchMode):
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Silence of what torch says of a model that looks at values; and of Transformers, which renames its methods."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[misc] # torch is untyped here
     """Counts products, and the bytes of all results that are still alive.
 
     Args:
@@ -212,7 +262,10 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for at every turn
+        # Torch's own description of this product knows bfloat16 only.
+        result = _grouped(*args, **(kwargs or {})) if "_grouped_mm" in str(func) else func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -239,7 +292,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _is_of(tensor: torch.Tensor, key: int) -> bool:
-    return tensor.untyped_storage()._cdata == key
+    return bool(tensor.untyped_storage()._cdata == key)
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
@@ -252,11 +305,17 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     if "grouped_mm" in name:
         backward = "backward" in name
         rows, weights = args[1:3] if backward else args[:2]
-        return 2.0 * rows.numel() * weights.shape[-1] * (2 if backward else 1)
+        return float(2 * rows.numel() * weights.shape[-1] * (2 if backward else 1))
     count: Callable[..., float] | None = flop_registry.get(getattr(func, "_overloadpacket", None))
     return 0.0 if count is None else float(count(*args, **kwargs, out_val=result))
 
 
+def _grouped(rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The result of a product by groups: of rows by the matrix of their group, or of two by the rows of each."""
+    groups = () if weights.dim() == 3 else (len(offs),)
+    return rows.new_empty(*groups, rows.shape[0], weights.shape[-1])
+
+
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-    return 2.0 * pairs * (query.shape[-1] + value.shape[-1])
+    return float(2 * pairs * (query.shape[-1] + value.shape[-1]))
