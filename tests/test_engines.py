@@ -173,3 +173,9 @@ def test_a_cancellation_before_anything_was_done_says_nothing_of_it(run: Path) -
         raise ts.Cancelled
     assert str(caught.value) == ""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_runs_own_adapter_may_go_by_another_name(run: Path) -> None:
+    """``NAME=DIR`` of the run itself, and of one of its checkpoints."""
+    names = [("mine", "adapter"), ("early", "adapter")]
+    assert found(run, f"mine={run}", f"early={run / 'checkpoint-10'}") == names

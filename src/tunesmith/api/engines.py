@@ -135,8 +135,9 @@ def load_variants(
         raise DataError("No variant is named.", expected="base, final, checkpoint-N, or a merged model's directory")
     base_name, base_dir = base_of(run, run.checkpoints[-1], base, progress=progress)
     infos = [_info(run, name, base_dir) for name in names]
-    own = [info.name for info in infos if info.kind == "adapter" and _is_of(run, info)]
-    tokens = tokenizer_dir(run, checkpoint_of(run, own[-1]) if own else run.checkpoints[-1], base_dir)
+    asked = {info.path for info in infos if info.kind == "adapter"}
+    own = [one for one in run.checkpoints if one.path in asked]  # whatever they are called here
+    tokens = tokenizer_dir(run, own[-1] if own else run.checkpoints[-1], base_dir)
     if tokens is None:
         raise BaseModelError("Neither the run nor the base holds a tokenizer.", where=run.path, found=base_name)
     compute = compute_dtype(dtype)
@@ -231,7 +232,3 @@ def _refuse_twice(infos: Sequence[VariantInfo]) -> None:
         raise DataError(
             "Two variants have the same name.", found=", ".join(twice), next_step="name one of them: NAME=DIR"
         )
-
-
-def _is_of(run: Run, info: VariantInfo) -> bool:
-    return any(one.path == info.path for one in run.checkpoints)

@@ -44,9 +44,16 @@ def train(
 
     Example: tunesmith train recipe.yaml learning_rate=2e-4 output_dir=out/try2
     """
+    if dry_run and resume:
+        raise ts.TunesmithError(
+            "--dry-run tells of a training from its first step, and so --resume would change nothing.",
+            next_step="leave one of them out",
+        )
     if dry_run:
         with progress_bar() as progress, stoppable() as cancellation:
             plan = ts.plan_training(recipe, overrides or (), progress=progress, cancellation=cancellation)
+        if not _is_first():
+            return
         if as_json:
             print_json(plan)
         else:
@@ -54,12 +61,17 @@ def train(
         return
     with progress_bar() as progress, stoppable() as cancellation:
         run = ts.train(recipe, overrides or (), resume=resume, told=aside, progress=progress, cancellation=cancellation)
-    if os.environ.get("RANK", "0") != "0":  # of several processes that a launcher started, the first speaks
+    if not _is_first():
         return
     if as_json:
         print_json(run)
         return
     _show_run(console(), run)
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks, of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show_run(screen: Screen, run: ts.Run) -> None:
@@ -103,7 +115,10 @@ def _show_rows(screen: Screen, plan: ts.TrainingPlan) -> None:
 
 
 def _show_cost(screen: Screen, plan: ts.TrainingPlan) -> None:
-    screen.say(f"Steps: {plan.steps:,} of {plan.rows_a_step} rows, {plan.epochs:.3g} passes over the rows")
+    if plan.packs is not None:
+        screen.say(f"Packed into {_counted(plan.packs, 'row')} of up to {plan.cutoff_len} tokens")
+    passes = "1 pass" if plan.epochs == 1 else f"{plan.epochs:.3g} passes"
+    screen.say(f"Steps: {plan.steps:,} of {_counted(plan.rows_a_step, 'row')}, {passes} over the rows")
     if plan.memory is None:
         screen.say("Memory and time: not known before it runs; this architecture's layers look at values")
         return
@@ -113,7 +128,7 @@ def _show_cost(screen: Screen, plan: ts.TrainingPlan) -> None:
         f"Memory: about {human_bytes(memory.total_bytes)}{free} (weights {human_bytes(memory.weights_bytes)}, "
         f"adapter and optimizer {human_bytes(memory.adapter_bytes)}, "
         f"activations {human_bytes(memory.activations_bytes)}"
-        f"{', recomputed to save memory' if plan.gradient_checkpointing else ''}); "
+        f"{', gradient checkpointing saves some' if plan.gradient_checkpointing else ''}); "
         f"{plan.trained_parameters:,} numbers are trained"
     )
     if memory.free_bytes is not None and memory.total_bytes > memory.free_bytes:
@@ -122,10 +137,15 @@ def _show_cost(screen: Screen, plan: ts.TrainingPlan) -> None:
 
 
 def _show_keys(screen: Screen, plan: ts.TrainingPlan) -> None:
+    used = [use for use in plan.keys if use.use == "used"]
     harmless = [use for use in plan.keys if use.use == "harmless"]
+    screen.say()
+    screen.say(f"Keys that are used: {', '.join(use.key for use in used)}")
+    for use in used:
+        if use.note:
+            screen.say(f"{use.key}: {use.value}  {use.note}", style="dim", indent=2)
     if harmless:
-        screen.say()
-        screen.say("Keys of the recipe that change nothing here:")
+        screen.say("Keys that change nothing here:")
     for use in harmless:
         screen.say(f"{use.key}: {use.value}  {use.note}", style="dim", indent=2)
 
@@ -137,13 +157,19 @@ def _show_example(screen: Screen, plan: ts.TrainingPlan) -> None:
 
     screen.say()
     screen.say("The first row; what counts in the loss is marked:")
+    # Where there are no colours, as in a pipe, the marks are letters.
+    has_colours = screen.color_system is not None and not screen.no_color
     marked = Text()
     for piece in plan.example:
-        # A pipe has no colours, so that there the marks are letters.
-        text = clean(piece.text) if screen.is_terminal or not piece.supervised else f"⟦{clean(piece.text)}⟧"
+        text = clean(piece.text) if has_colours or not piece.supervised else f"⟦{clean(piece.text)}⟧"
         marked.append(text, style="black on green" if piece.supervised else "dim")
+    marked.rstrip()
     marked.truncate(_LONGEST_EXAMPLE, overflow="ellipsis")
     screen.print(marked)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -93,6 +93,7 @@ class TrainingPlan(Record):
         lengths: how long the training rows are.
         cutoff_len: the most tokens of a row.
         cut_rows: rows that lose their end.
+        packs: rows that the training rows are packed into; None where they are not.
         tokens: tokens of the training rows.
         supervised_tokens: those of them that count in the loss.
         epochs: passes over the rows.
@@ -117,6 +118,7 @@ class TrainingPlan(Record):
     lengths: TokenLengths
     cutoff_len: int
     cut_rows: int
+    packs: int | None
     tokens: int
     supervised_tokens: int
     epochs: float
@@ -189,6 +191,7 @@ def plan_training(
         lengths=lengths_of(prepared.train.lengths),
         cutoff_len=recipe.cutoff_len,
         cut_rows=prepared.train.cut_rows.count,
+        packs=len(examples) if recipe.packing else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
         supervised_tokens=prepared.train.supervised_tokens,
         epochs=epochs,
