@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,41 +93,6 @@ def test_estimated_memory_grows_with_the_rows_and_shrinks_by_checkpointing(
         found[name] = plan.memory.activations_bytes
         assert plan.seconds is None
     assert found["few"] < found["again"] < found["many"]
-
-
-def dry_run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The program, asked what it would do."""
-    program = [sys.executable, "-m", "tunesmith", "train", *words, "--dry-run"]
-    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def test_dry_run_on_the_command_line(base_dir: Path, data_file: Path, tmp_path: Path) -> None:
-    """People read a page, programs a document; what cannot be run is told in one error, exit code 2."""
-    recipe = tmp_path / "recipe.yaml"
-    values = {
-        "model_name_or_path": str(base_dir),
-        "dataset": str(data_file),
-        "output_dir": "out",
-        "ddp_timeout": 180000,
-    }
-    recipe.write_text(json.dumps(values | {"export_dir": "x"}), encoding="utf-8")
-    shown = dry_run("recipe.yaml", "dtype=float32", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    for part in (
-        "Rows: 24 to train on",
-        "Supervised:",
-        "Steps: 9 of 8 rows",
-        "Memory: about",
-        "export_dir",
-        "⟦yes (0).",
-    ):
-        assert part in shown.stdout
-    document = json.loads(dry_run("recipe.yaml", "dtype=float32", "--json", cwd=tmp_path).stdout)
-    assert (document["train_rows"], document["steps"]) == (24, 9)
-    wrong = dry_run("recipe.yaml", "learing_rate=1", "template=chatmI", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "did you mean learning_rate?" in wrong.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_a_recipe(base_dir: Path, trained: Trained) -> None:

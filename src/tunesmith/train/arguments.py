@@ -188,7 +188,7 @@ def rows_a_pass(recipe: Recipe, lengths: Sequence[int], *, device: str) -> int:
         device: ``cpu``, ``cuda`` … that is trained on; on others than a CPU it is the whole batch.
     """
     batch = recipe.per_device_train_batch_size
-    if device != "cpu":
+    if device != "cpu" or recipe.dataloader_drop_last:  # what is dropped is a batch that is not full
         return batch
     needed = _BUSY_TOKENS * len(lengths) / max(1, sum(lengths))
     return next(rows for rows in range(1, batch + 1) if batch % rows == 0 and (rows >= needed or rows == batch))
