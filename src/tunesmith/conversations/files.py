@@ -232,14 +232,18 @@ def messages_of(row: object) -> Iterable[Message]:
     if "messages" in row:
         return _turns(row["messages"], "role", "content")
     if "conversations" in row:
-        return [*_system(row), *_turns(row["conversations"], "from", "value")]
+        return [*system_turn(row.get("system")), *_turns(row["conversations"], "from", "value")]
     if "instruction" in row:
         question = joined(row["instruction"], row.get("input"))
-        return [*_system(row), *earlier_rounds(row.get("history")), *_pair(question, row.get("output"))]
+        return [
+            *system_turn(row.get("system")),
+            *earlier_rounds(row.get("history")),
+            *_pair(question, row.get("output")),
+        ]
     if isinstance(row.get("prompt"), list):
         return _turns(row["prompt"] + _completion(row), "role", "content")
     if "prompt" in row:
-        return [*_system(row), *_pair(row["prompt"], row.get("completion"))]
+        return [*system_turn(row.get("system")), *_pair(row["prompt"], row.get("completion"))]
     raise ValueError(f"no known keys among {', '.join(map(str, islice(row, _SHOWN))) or 'none'}")
 
 
@@ -272,11 +276,15 @@ def _pair(question: object, answer: object) -> list[Message]:
     return [*turns, Message(role="assistant", content=answer)] if answer else turns
 
 
-def _system(row: dict[str, Any]) -> list[Message]:
-    text = row.get("system")
+def system_turn(text: object) -> list[Message]:
+    """A system text as the turn that it is; none where it is empty.
+
+    Raises:
+        ValueError: it is no text.
+    """
     if text and not isinstance(text, str):
         raise ValueError("the system text is not text")
-    return [Message(role="system", content=text)] if text else []
+    return [Message(role="system", content=str(text))] if text else []
 
 
 def _completion(row: dict[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from tunesmith.conversations.files import converted, earlier_rounds, joined, messages_of, rows_of_file
+from tunesmith.conversations.files import converted, earlier_rounds, joined, messages_of, rows_of_file, system_turn
 from tunesmith.conversations.records import Conversation, Message
 from tunesmith.errors import DataError, MissingExtraError
 from tunesmith.record import Finding, Part
@@ -447,7 +447,7 @@ def _alpaca(row: object, entry: _Entry) -> list[Message]:
         raise ValueError("the question is not text")
     if cell["response"] is not None and not isinstance(cell["response"], str):
         raise ValueError("the answer is not text")
-    turns = [*_system_text(cell["system"]), *earlier_rounds(cell["history"]), Message(role="user", content=question)]
+    turns = [*system_turn(cell["system"]), *earlier_rounds(cell["history"]), Message(role="user", content=question)]
     if cell["response"]:
         turns.append(Message(role="assistant", content=cell["response"]))
     return [*turns, *_beyond_text(fields, columns)]
@@ -468,7 +468,7 @@ def _sharegpt(row: object, entry: _Entry) -> list[Message]:
     roles.pop(None, None)
     messages = [_turn(turn, tags, roles) for turn in turns] or [Message(role="user", content="")]
     system = fields.get(columns.system) if columns.system and messages[0].role != "system" else None
-    return [*_system_text(system), *messages, *_beyond_text(fields, columns)]
+    return [*system_turn(system), *messages, *_beyond_text(fields, columns)]
 
 
 def _turn(turn: object, tags: _Tags, roles: Mapping[str | None, str]) -> Message:
@@ -499,9 +499,3 @@ def _object(row: object) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
     return row
-
-
-def _system_text(text: object) -> list[Message]:
-    if text and not isinstance(text, str):
-        raise ValueError("the system text is not text")
-    return [Message(role="system", content=str(text))] if text else []

@@ -106,12 +106,12 @@ def free_bytes(device: str = "cpu") -> int:
     """Memory that is free now, in bytes: a CUDA device's own, else the machine's.
 
     Args:
-        device: ``cpu``, ``cuda``, ``mps``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
     """
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
     return int(psutil.virtual_memory().available)

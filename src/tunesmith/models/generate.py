@@ -299,7 +299,7 @@ def _can_pad(model: Any) -> bool:
 
 
 def _memory_budget(model: Any) -> float:
-    return _MEMORY_SHARE * free_bytes(model.device.type)
+    return _MEMORY_SHARE * free_bytes(str(model.device))
 
 
 def _arguments(model: Any) -> frozenset[str]:

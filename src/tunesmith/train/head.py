@@ -5,6 +5,7 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,49 @@ def nats_of(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Ten
     """
     nats: torch.Tensor = _Nats.apply(hidden.to(head.weight.dtype), head.weight, targets)
     return nats
+
+
+def summed_nats(
+    model: Any,
+    inputs: dict[str, Any],
+    targets: torch.Tensor,
+    *,
+    head: Any,
+    keep: Callable[[torch.Tensor], torch.Tensor],
+    plain: bool,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """The summed loss of a batch's supervised tokens in nats, fp32 scalar; the head sees their positions only.
+
+    By a hook rather than by ``logits_to_keep``: that keeps the same columns in every row, and not all models have it.
+    What a model does to its logits afterwards (scaling, soft caps) still happens, where the head is not plain.
+
+    Args:
+        model: what is called; it may wrap the one that has the head.
+        inputs: what it is called with.
+        targets: [tokens], int64.
+        head: the model's.
+        keep: the supervised positions of the hidden states, [tokens, width] of [rows, longest row, width].
+        plain: whether :func:`is_plain_head` said so.
+        label_smoothing: the weight of a uniform distribution in the targets.
+    """
+    found: list[torch.Tensor] = []
+
+    def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        kept = keep(args[0])
+        if plain and not label_smoothing:
+            found.append(nats_of(kept, head, targets))
+            kept = kept[:1].detach()  # the model wants logits of something
+        return (kept.unsqueeze(0), *args[1:])
+
+    hook = head.register_forward_pre_hook(keep_supervised)
+    try:
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    if found:
+        return found[0]
+    return F.cross_entropy(logits[0].float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def is_plain_head(model: Any) -> bool:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tunesmith.train.head import nats_of
+from tunesmith.train.head import summed_nats
 from tunesmith.train.rows import IGNORED
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -127,29 +127,16 @@ def _play(model: Any, batch: dict[str, torch.Tensor], *, dtype: str, checkpointe
         inputs = _inputs(batch, fake, pads=pads)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         with _Watch(trained) as watch, torch.autocast("cpu", half, enabled=half != torch.float32):
-            nats = _nats(model, inputs, torch.zeros(supervised, dtype=torch.long))
-            nats.backward()
+            head = model.get_output_embeddings()
+            summed_nats(
+                model,
+                inputs,
+                torch.zeros(supervised, dtype=torch.long),
+                head=head,
+                keep=lambda hidden: hidden.flatten(0, 1)[:supervised],
+                plain=_is_plain(model, head),
+            ).backward()
     return Pass(watch.flops, watch.peak_bytes)
-
-
-def _nats(model: Any, inputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
-    """The loss as the trainer sums it."""
-    head, found, supervised = model.get_output_embeddings(), [], len(targets)
-    plain = _is_plain(model, head)
-
-    def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        kept = args[0].flatten(0, 1)[:supervised]
-        if plain:
-            found.append(nats_of(kept, head, targets))
-            kept = kept[:1].detach()
-        return (kept.unsqueeze(0), *args[1:])
-
-    hook = head.register_forward_pre_hook(keep_supervised)
-    try:
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    return found[0] if found else torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
 def _is_plain(model: Any, head: Any) -> bool:
@@ -172,7 +159,7 @@ def _inputs(batch: dict[str, torch.Tensor], fake: FakeTensorMode, *, pads: bool)
     return inputs | ({"attention_mask": torch.ones(rows, 1, longest, longest, dtype=torch.bool)} if pads else {})
 
 
-class _Real(torch.Tensor):  # type: ignore[misc] # torch has no types here  # type: ignore[misc]
+class _Real(torch.Tensor):  # type: ignore[misc] # torch is untyped here
     """A tensor whose numbers are there, among fake ones."""
 
     @classmethod

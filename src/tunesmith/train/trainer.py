@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from tunesmith.errors import RecipeError
 from tunesmith.train.arguments import complete_schedule
-from tunesmith.train.head import is_plain_head, nats_of
+from tunesmith.train.head import is_plain_head, summed_nats
 from tunesmith.train.rows import IGNORED
 from tunesmith.train.run_dir import ADAPTER_WEIGHTS
 
@@ -90,36 +89,16 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         """The summed loss of a batch in nats, fp32 scalar, and the number of tokens that it sums over."""
         counts = inputs["shift_labels"] != IGNORED
         targets = inputs["shift_labels"][counts]
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        seen = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
-        if self.plain_head and not smoothing:
-            return self._head_is_given(model, seen, counts, sums_with=targets), len(targets)
-        logits = self._head_is_given(model, seen, counts)
-        return F.cross_entropy(logits[0].float(), targets, reduction="sum", label_smoothing=smoothing), len(targets)
-
-    def _head_is_given(
-        self, model: Any, seen: dict[str, torch.Tensor], counts: torch.Tensor, *, sums_with: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The logits of the supervised positions, [1, tokens, vocabulary]; or their summed loss with these targets.
-
-        By hooks rather than by `logits_to_keep`: that keeps the same columns in every row, and not all models have it.
-        What a model does to its logits afterwards (scaling, soft caps) still happens.
-        """
-        head, found = self.model.get_output_embeddings(), []
-
-        def keep_supervised(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            kept = args[0][counts]
-            if sums_with is None:
-                return (kept.unsqueeze(0), *args[1:])
-            found.append(nats_of(kept, head, sums_with))
-            return (kept[:1].detach().unsqueeze(0), *args[1:])  # the model wants logits of something
-
-        hook = head.register_forward_pre_hook(keep_supervised)
-        try:
-            logits: torch.Tensor = model(**seen, use_cache=False).logits
-        finally:
-            hook.remove()
-        return found[0] if found else logits
+        nats = summed_nats(
+            model,
+            {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")},
+            targets,
+            head=self.model.get_output_embeddings(),
+            keep=lambda hidden: hidden[counts],
+            plain=self.plain_head,
+            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
+        )
+        return nats, len(targets)
 
     def compute_loss(
         self,
