@@ -17,6 +17,7 @@ from tunesmith.train import Recipe, fit, train
 from tunesmith.train.resume import whole_checkpoints
 
 from .conftest import CPU, RecipeMaker
+from .test_trainer import REL_FLOAT32
 
 Fit = Callable[..., Path]
 
@@ -167,4 +168,4 @@ def test_two_processes_train_as_one_with_twice_the_batch(base_dir: Path, data_fi
     assert [row["current_steps"] for row in two] == [row["current_steps"] for row in one]
     for ours, alone in zip(two, one, strict=True):
         for kind in {"loss", "eval_loss"} & alone.keys():
-            assert ours[kind] == pytest.approx(alone[kind], rel=2e-5)
+            assert ours[kind] == pytest.approx(alone[kind], rel=REL_FLOAT32)

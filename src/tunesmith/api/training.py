@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import StrPath
-from tunesmith.checkpoint import is_hub_id, locate_base, weights_sha256
+from tunesmith.checkpoint import locate_base, weights_sha256
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.report import eval_loss_png, finding_text, loss_png
 from tunesmith.runs import Run, open_run
@@ -125,8 +125,8 @@ def _read(
 
 def _at(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with the place of a base that is a directory, so that the run can name it from where it lies."""
-    name = recipe.model_name_or_path
-    if Path(name).name != base.name or (is_hub_id(name) and not Path(name).is_dir()):
+    # A base of the hub, or the embedded one, lies where the cache has it, under no such name.
+    if Path(recipe.model_name_or_path).name != base.name:
         return recipe
     return recipe.model_copy(update={"model_name_or_path": str(base.absolute())})
 
