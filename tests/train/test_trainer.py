@@ -135,8 +135,6 @@ def test_first_loss_equals_a_float64_computation(
 
 def test_gradients_equal_those_of_the_plain_loss(base_dir: Path, recipe_for: RecipeMaker, run_dir: Path) -> None:
     """Showing the head only the supervised positions changes no gradient."""
-    import torch
-
     trainer = stirred(build(base_dir, recipe_for(output_dir=str(run_dir))))
     batch = next(iter(trainer.get_train_dataloader()))
     gradients = []
