@@ -1,10 +1,13 @@
-"""The C allocator's habits, where they cost memory or time: when freed memory is kept, and when it is handed back."""
+"""What the C allocator and oneDNN keep, and when they let go of it, where that costs memory or time."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
+
+_KERNELS = 64
 
 
 def keep_freed_memory() -> None:
@@ -31,3 +34,14 @@ def give_memory_back(*, collect: bool = True) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own; other C libraries have none
         if trim is not None:
             trim(0)
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep the machine code of few products, unless the user says how many.
+
+    It compiles one for every number of tokens that a batch has, and keeps 1,024 of them, about 150 kB each; to compile
+    one again takes a millisecond.  It asks once, at its first product.
+
+    Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.allocator import keep_few_kernels
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import StrPath
 from tunesmith.checkpoint import locate_base, weights_sha256
@@ -54,6 +55,7 @@ def train(
     from tunesmith.train import train as fit
 
     check_installed()
+    keep_few_kernels()
     parsed, base = _read(recipe, overrides, resume=resume, progress=progress)
     machine, note = _machine(parsed)
     run_dir = fit(

@@ -9,7 +9,14 @@ from tunesmith.models.calibration import (
     record_inputs,
     write_calibration_text,
 )
-from tunesmith.models.compute import ComputeDtype, compute_dtype, dtype_name, flops_per_s, free_bytes
+from tunesmith.models.compute import (
+    ComputeDtype,
+    avoid_cudnn_attention,
+    compute_dtype,
+    dtype_name,
+    flops_per_s,
+    free_bytes,
+)
 from tunesmith.models.endpoint import Endpoint
 from tunesmith.models.engine import (
     Capabilities,
@@ -45,6 +52,7 @@ __all__ = [
     "ScoredRow",
     "Variant",
     "VariantSet",
+    "avoid_cudnn_attention",
     "compute_dtype",
     "continue_rows",
     "dtype_name",

@@ -117,6 +117,23 @@ def free_bytes(device: str = "cpu") -> int:
     return int(psutil.virtual_memory().available)
 
 
+def avoid_cudnn_attention(device: str) -> None:
+    """Have attention computed by torch's own kernels, in the whole process, where it would otherwise be cuDNN's.
+
+    On Hopper and Blackwell GPUs torch asks cuDNN first, which builds a plan for every batch size and length that it has
+    not seen: one to two seconds each, and text has many lengths.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; only CUDA devices have cuDNN.
+
+    Source: https://github.com/pytorch/pytorch/pull/155958
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def dtype_name(name: str) -> DtypeName:
     """The full name of a dtype that may be given by its short one.
 

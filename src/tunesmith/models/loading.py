@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAIN_INITS
 from tunesmith.errors import AdapterError, CheckpointError, TunesmithError, UnsupportedAdapterError
+from tunesmith.models.compute import avoid_cudnn_attention
 
 _SHOWN_KEYS = 10
 _SAMPLED = 256
@@ -51,6 +52,7 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
     ]
     if details:
         raise error("The model's weights do not fit its config.", where=path, details=_shorten(details))
+    avoid_cudnn_attention(device)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from tunesmith.train.rows import IGNORED
 
 Example = dict[str, list[int]]
 _ATTENTION = "rows"
+_GPU_TILE = 8  # tokens; what a GPU's attention kernels take without copying the mask
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Layout:
         longest_flat: rows longer than that are not laid flat, since the model sees only so far back, which attention
             of ours would overrule; None where it sees everything.
         flat: whether rows may lie flat at all; a model is asked first, by :func:`computes_flat_rows`.
+        pad_to_multiple_of: what the length of padded rows is a multiple of.
     """
 
     pad_token_id: int
     longest_flat: int | None = None
     flat: bool = True
+    pad_to_multiple_of: int = 1
 
 
 def layout_of(config: Any, pad_token_id: int, *, device: str) -> Layout:
@@ -58,6 +62,7 @@ def layout_of(config: Any, pad_token_id: int, *, device: str) -> Layout:
         pad_token_id=pad_token_id,
         longest_flat=min((window for window in windows if window), default=None),
         flat=device == "cpu" and config._attn_implementation == "sdpa",
+        pad_to_multiple_of=1 if device == "cpu" else _GPU_TILE,
     )
 
 
@@ -72,13 +77,14 @@ def collate(examples: Sequence[Example], *, layout: Layout) -> dict[str, torch.T
         ``input_ids``, ``labels`` and ``shift_labels`` (the label of the token that follows, so that position i is held
         against ``shift_labels[i]``), int64; flat ones [1, tokens] with ``position_ids`` of that shape and
         ``row_bounds`` [rows + 1], where the shared beginning and each row end, and an ``attention_mask`` that hides
-        nothing; padded ones [rows, longest row] with ``attention_mask`` of that shape.
+        nothing; padded ones [rows, longest row] with ``attention_mask`` of that shape, and longer
+        than it where the layout says so.
     """
     rows = [row for example in examples for row in _unpacked(example)]
     longest = max(len(row["input_ids"]) for row in rows)
     if layout.flat and longest <= (layout.longest_flat or longest):
         return _flat(rows)
-    return _padded(rows, layout.pad_token_id)
+    return _padded(rows, layout)
 
 
 def _unpacked(example: Example) -> list[Example]:
@@ -117,18 +123,19 @@ def _flat(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
     }
 
 
-def _padded(rows: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+def _padded(rows: Sequence[Example], layout: Layout) -> dict[str, torch.Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
+    width = math.ceil(longest / layout.pad_to_multiple_of) * layout.pad_to_multiple_of
 
     def padded(values: Sequence[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in values])
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in values])
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad_token_id),
+        "input_ids": padded([row["input_ids"] for row in rows], layout.pad_token_id),
         "labels": padded([row["labels"] for row in rows], IGNORED),
         "shift_labels": padded([row["labels"][1:] for row in rows], IGNORED),
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
     }
 
 
@@ -216,7 +223,7 @@ def computes_flat_rows(model: Any, examples: Sequence[Example], layout: Layout) 
         let_rows_lie_flat(model)
         with torch.no_grad():
             flat = _log_likelihoods(model, _flat(rows))
-            padded = _log_likelihoods(model, _padded(rows, layout.pad_token_id))
+            padded = _log_likelihoods(model, _padded(rows, layout))
         # Sums in another order; a row that saw another row, or other positions, is off by tenths of a nat.
         same = bool((flat - padded).abs().mean() <= (1e-4 if model.dtype == torch.float32 else 0.1))
     except (RuntimeError, ValueError, TypeError, IndexError):  # it cannot take them at all

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import BaseModelError, Cancelled, MissingExtraError
+from tunesmith.models import avoid_cudnn_attention
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding
 from tunesmith.train.arguments import (
@@ -33,13 +34,14 @@ from tunesmith.train.prepare import Prepared, prepare
 from tunesmith.train.quiet import quiet_libraries
 from tunesmith.train.recipe import Recipe
 from tunesmith.train.resume import checkpoint_to_resume, goes_on_in_place, refuse_done, refuse_other_data
-from tunesmith.train.rows import write_held_out
+from tunesmith.train.rows import IGNORED, write_held_out
 from tunesmith.train.run_dir import claim, clear, drop_unfinished, publish, write_recipe, writing
 
 if TYPE_CHECKING:
     from tunesmith.train.journal import Journal
     from tunesmith.train.trainer import SupervisedTrainer
 
+_PROBE_LENGTHS = (64, 24, 48)  # tokens
 _EXTRA_PACKAGES = ("trl", "datasets")
 _VERSIONED = ("tunesmith", "torch", "transformers", "peft", "trl")
 
@@ -223,6 +225,7 @@ def load_model(recipe: Recipe, base: _Base) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BaseModelError("The base model cannot be loaded.", where=base.directory, found=error) from error
+    avoid_cudnn_attention(base.machine.device)
     # PEFT's model card names the base by this, and would otherwise tell where it lay.
     model.config._name_or_path = model.name_or_path = base.name
     return model
@@ -264,7 +267,7 @@ def build_trainer(
     train, held_out, tokenizer = prepared.train.examples, prepared.held_out.examples, prepared.tokenizer
     layout = layout_of(model.config, tokenizer.pad_token_id or 0, device=machine.device)
     # NEFTune's noise is scaled by a row's length, which a flat batch does not have.
-    flat = not recipe.neftune_noise_alpha and computes_flat_rows(adapted, _unequal(train), layout)
+    flat = not recipe.neftune_noise_alpha and computes_flat_rows(adapted, _probes(train), layout)
     layout = replace(layout, flat=flat)
     arguments = training_arguments(
         recipe,
@@ -313,10 +316,14 @@ def _settle(config: Any, base_name: str) -> None:
         config.target_modules = sorted(config.target_modules)  # a set's order changes
 
 
-def _unequal(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
-    """The shortest row and two of middling length: rows enough to see whether they are computed apart."""
-    by_length = sorted(examples, key=lambda row: len(row["input_ids"]))
-    return [by_length[0], *by_length[len(by_length) // 2 :][:2]]
+def _probes(examples: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """The beginnings of three rows, the second half of each supervised; whether they are computed apart shows there."""
+    probes = []
+    for example, length in zip(examples, _PROBE_LENGTHS, strict=False):
+        ids = example["input_ids"][:length]
+        unseen = len(ids) // 2
+        probes.append({"input_ids": ids, "labels": [IGNORED] * unseen + ids[unseen:]})
+    return probes
 
 
 def _run(trainer: SupervisedTrainer, run_dir: Path, journal: Journal, resumed: Path | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Finding, Part, Record
+from tunesmith.train.arguments import rows_a_pass
 from tunesmith.train.estimate import Estimate, estimate
 from tunesmith.train.keys import KeyUse
 from tunesmith.train.prepare import Prepared, load_config, prepare
@@ -259,9 +260,9 @@ def needs_checkpointing(recipe: Recipe, prepared: Prepared, config: Any, machine
     """
     if recipe.gradient_checkpointing is not None or machine.free_bytes is None:
         return bool(recipe.gradient_checkpointing)
-    longest = max(len(example["input_ids"]) for example in prepared.train.examples)
-    tokens = longest * recipe.per_device_train_batch_size
-    if _bytes_at_most(config, tokens, longest) < _PLAINLY * machine.free_bytes:
+    lengths = [len(example["input_ids"]) for example in prepared.train.examples]
+    tokens = max(lengths) * rows_a_pass(recipe, lengths, device=machine.device)
+    if _bytes_at_most(config, tokens, max(lengths)) < _PLAINLY * machine.free_bytes:
         return False  # it need not be played through
     found = _estimate(recipe, prepared, config, machine, steps=1)
     return found is not None and found.checkpointing
