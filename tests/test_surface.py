@@ -15,18 +15,22 @@ from typer.main import get_command
 
 import tunesmith as ts
 from tunesmith.cli.app import app
+from tunesmith.web import Settings
 
 NAMES = [
     "AdapterFacts", "BlindVote", "Cancellation", "Cancelled", "Candidate", "Capabilities", "ChatTurn",
     "CheckpointChoice", "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Engine", "Estimate",
     "Evaluation", "Figure", "Finding", "Forecast", "Generation", "GenerationSettings", "Health", "Inspection",
-    "KindFacts", "Marks", "Measure", "MergePlan", "Merged", "Message", "ModuleFacts", "Progress", "Recheck",
-    "RenderedPrompt", "Reply", "Report", "Request", "Run", "RunFile", "TrainingPlan", "TunesmithError", "VariantInfo",
-    "Verdict", "VoteFile", "Voting", "__version__", "apply_cleanup", "checkpoints", "compare", "compute_dtype", "demo",
-    "doctor", "evaluate", "evaluation_markdown", "filtered", "finding_text", "inspect", "load_engine", "marks_of",
-    "merge", "open_run", "output_file", "plan_cleanup", "plan_merge", "plan_training", "read_conversations", "recheck",
-    "rendered_prompt", "report", "text", "to_csv", "to_markdown", "train", "verdict_sentence", "verify",
-    "word_diff", "write_comparison", "write_evaluation", "write_inspection",
+    "KindFacts", "LANGUAGES", "Marks", "Measure", "MergePlan", "Merged", "Message", "MissingExtraError", "ModuleFacts",
+    "Progress", "Recheck", "RecipeKey", "RecipeText", "RenderedPrompt", "Reply", "Report", "Request", "RowPreview",
+    "Run", "RunFile", "TokenChance", "TrainingPlan", "TunesmithError", "VariantInfo", "Verdict", "VoteFile", "Voting",
+    "__version__", "apply_cleanup", "attached_variant", "checkpoints", "compare", "compute_dtype", "continue_tokens",
+    "demo", "doctor", "evaluate", "evaluation_markdown", "filtered", "finding_text", "heatmap_spec", "inspect",
+    "load_engine", "loss_spec", "marks_of", "merge", "open_run", "output_file", "plan_cleanup", "plan_merge",
+    "plan_training", "preview_row", "read_conversations", "read_recipe", "recheck", "recipe_keys", "rendered_prompt",
+    "report", "similarity", "templates", "text", "to_csv", "to_markdown", "token_chances", "token_texts", "train",
+    "training_log", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_evaluation",
+    "write_inspection", "write_recipe",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -56,6 +60,9 @@ CLI_ONLY = {
     ("merge", "record"): "the library returns the record",
     ("train", "dry_run"): "the library's plan_training",
     ("report", "out"): "required in the library; a person may leave it out",
+    ("web", "open_browser"): "a browser is opened for a person",
+    ("web", "port"): "where none is given the next free one is taken",
+    ("web", "root"): "required by the settings; a person means the working directory",
     ("verify", "merged"): "required in the library; a person may name it by --merged",
     ("verify", "merged_dir"): "the same by another name",
     ("verify", "out"): "the library returns the record",
@@ -66,6 +73,8 @@ CLI_ONLY = {
 
 def library_defaults(verb: str) -> dict[str, Any]:
     """The defaults of what a verb calls."""
+    if verb == "web":
+        return {name: field.default for name, field in Settings.model_fields.items()}
     other = {"merge": (ts.plan_merge, ts.merge), "chat": (ts.load_engine,)}
     calls = other[verb] if verb in other else (getattr(ts, verb),)
     defaults = {

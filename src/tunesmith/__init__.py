@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.api.comparing import compare as compare
     from tunesmith.api.comparing import write_comparison as write_comparison
     from tunesmith.api.engines import ChatTurn as ChatTurn
+    from tunesmith.api.engines import attached_variant as attached_variant
     from tunesmith.api.engines import compute_dtype as compute_dtype
     from tunesmith.api.engines import load_engine as load_engine
     from tunesmith.api.engines import rendered_prompt as rendered_prompt
@@ -33,12 +34,20 @@ if TYPE_CHECKING:
     from tunesmith.api.inspecting import Inspection as Inspection
     from tunesmith.api.inspecting import inspect as inspect
     from tunesmith.api.inspecting import write_inspection as write_inspection
+    from tunesmith.api.likelihoods import TokenChance as TokenChance
+    from tunesmith.api.likelihoods import continue_tokens as continue_tokens
+    from tunesmith.api.likelihoods import token_chances as token_chances
+    from tunesmith.api.likelihoods import token_texts as token_texts
     from tunesmith.api.merging import merge as merge
     from tunesmith.api.places import output_file as output_file
     from tunesmith.api.reporting import Report as Report
     from tunesmith.api.reporting import report as report
     from tunesmith.api.training import plan_training as plan_training
+    from tunesmith.api.training import preview_row as preview_row
+    from tunesmith.api.training import read_recipe as read_recipe
+    from tunesmith.api.training import recipe_keys as recipe_keys
     from tunesmith.api.training import train as train
+    from tunesmith.api.training import write_recipe as write_recipe
     from tunesmith.api.verifying import recheck as recheck
     from tunesmith.api.verifying import verdict_sentence as verdict_sentence
     from tunesmith.api.verifying import verify as verify
@@ -57,6 +66,7 @@ if TYPE_CHECKING:
     from tunesmith.compare import Voting as Voting
     from tunesmith.compare import filtered as filtered
     from tunesmith.compare import marks_of as marks_of
+    from tunesmith.compare import similarity as similarity
     from tunesmith.compare import to_csv as to_csv
     from tunesmith.compare import to_markdown as to_markdown
     from tunesmith.compare import word_diff as word_diff
@@ -68,6 +78,7 @@ if TYPE_CHECKING:
     from tunesmith.doctor import Health as Health
     from tunesmith.doctor import doctor as doctor
     from tunesmith.errors import Cancelled as Cancelled
+    from tunesmith.errors import MissingExtraError as MissingExtraError
     from tunesmith.errors import TunesmithError as TunesmithError
     from tunesmith.merge import Forecast as Forecast
     from tunesmith.merge import Merged as Merged
@@ -82,8 +93,12 @@ if TYPE_CHECKING:
     from tunesmith.progress import Cancellation as Cancellation
     from tunesmith.progress import Progress as Progress
     from tunesmith.record import Finding as Finding
+    from tunesmith.report import LANGUAGES as LANGUAGES
     from tunesmith.report import evaluation_markdown as evaluation_markdown
     from tunesmith.report import finding_text as finding_text
+    from tunesmith.report import heatmap_spec as heatmap_spec
+    from tunesmith.report import loss_spec as loss_spec
+    from tunesmith.report import templates as templates
     from tunesmith.report import text as text
     from tunesmith.runs import Cleaned as Cleaned
     from tunesmith.runs import Cleanup as Cleanup
@@ -92,6 +107,10 @@ if TYPE_CHECKING:
     from tunesmith.runs import apply_cleanup as apply_cleanup
     from tunesmith.runs import open_run as open_run
     from tunesmith.runs import plan_cleanup as plan_cleanup
+    from tunesmith.runs import training_log as training_log
+    from tunesmith.train import RecipeKey as RecipeKey
+    from tunesmith.train import RecipeText as RecipeText
+    from tunesmith.train import RowPreview as RowPreview
     from tunesmith.train import TrainingPlan as TrainingPlan
     from tunesmith.verify import Recheck as Recheck
     from tunesmith.verify import Verdict as Verdict
@@ -123,20 +142,26 @@ _HOME = {
     "Health": "doctor",
     "Inspection": "api.inspecting",
     "KindFacts": "adapter",
+    "LANGUAGES": "report",
     "Marks": "compare",
     "Measure": "compare",
     "MergePlan": "merge",
     "Merged": "merge",
     "Message": "conversations",
+    "MissingExtraError": "errors",
     "ModuleFacts": "adapter",
     "Progress": "progress",
     "Recheck": "verify",
+    "RecipeKey": "train",
+    "RecipeText": "train",
     "RenderedPrompt": "models",
     "Reply": "compare",
     "Report": "api.reporting",
     "Request": "models",
     "Run": "runs",
+    "RowPreview": "train",
     "RunFile": "runs",
+    "TokenChance": "api.likelihoods",
     "TunesmithError": "errors",
     "VariantInfo": "compare",
     "VoteFile": "compare",
@@ -144,17 +169,21 @@ _HOME = {
     "TrainingPlan": "train",
     "Verdict": "verify",
     "apply_cleanup": "runs",
+    "attached_variant": "api.engines",
     "checkpoints": "api.comparing",
     "compare": "api.comparing",
     "compute_dtype": "api.engines",
+    "continue_tokens": "api.likelihoods",
     "demo": "demo",
     "doctor": "doctor",
     "evaluate": "api.evaluating",
     "evaluation_markdown": "report",
     "filtered": "compare",
     "finding_text": "report",
+    "heatmap_spec": "report",
     "inspect": "api.inspecting",
     "load_engine": "api.engines",
+    "loss_spec": "report",
     "marks_of": "compare",
     "merge": "api.merging",
     "open_run": "runs",
@@ -162,20 +191,29 @@ _HOME = {
     "plan_cleanup": "runs",
     "plan_merge": "merge",
     "plan_training": "api.training",
+    "preview_row": "api.training",
     "read_conversations": "conversations",
+    "read_recipe": "api.training",
     "recheck": "api.verifying",
+    "recipe_keys": "api.training",
     "rendered_prompt": "api.engines",
     "report": "api.reporting",
+    "similarity": "compare",
+    "templates": "report",
     "text": "report",
     "to_csv": "compare",
     "to_markdown": "compare",
+    "token_chances": "api.likelihoods",
+    "token_texts": "api.likelihoods",
     "train": "api.training",
+    "training_log": "runs",
     "verdict_sentence": "api.verifying",
     "verify": "api.verifying",
     "word_diff": "compare",
     "write_comparison": "api.comparing",
     "write_evaluation": "api.evaluating",
     "write_inspection": "api.inspecting",
+    "write_recipe": "api.training",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -116,6 +116,17 @@ def test_the_heatmap_has_a_cell_for_every_adapted_module(bad_verdict: Verdict) -
     assert {cell["value"] for cell in cells if cell["layer"] == 1} == {1.0}
 
 
+def test_the_heatmap_crosses_where_a_merge_holds_no_finite_number(bad_verdict: Verdict) -> None:
+    """The worst of all must not look as if it had not been measured, nor stretch the scale."""
+    first, *rest = bad_verdict.tensors
+    ruined = first.model_copy(update={"relative_error": math.inf})
+    spec = heatmap_spec(bad_verdict.model_copy(update={"tensors": (ruined, *rest)}))
+    assert spec is not None
+    cells, gaps, crosses = (layer["data"]["values"] for layer in spec["layer"])
+    assert (len(cells), gaps, len(crosses)) == (209, [], 1)
+    assert crosses[0] not in [{"layer": cell["layer"], "module": cell["module"]} for cell in cells]
+
+
 def test_the_heatmap_hatches_where_there_is_no_adapter(adapter: AdapterFacts) -> None:
     """A module that one layer lacks is a gap, not a zero."""
     spec = heatmap_spec(adapter.model_copy(update={"modules": adapter.modules[1:]}))

@@ -16,6 +16,7 @@ from tunesmith.models import (
     ComputeDtype,
     Endpoint,
     Engine,
+    Generation,
     LocalEngine,
     Prompt,
     RememberingEngine,
@@ -56,6 +57,32 @@ class ChatTurn(Record):
     tokens_per_s: float | None
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, variant: str, question: str, generation: Generation, rendered: RenderedPrompt | None = None
+    ) -> ChatTurn:
+        """The turn that a generation is.
+
+        Args:
+            variant: who answered.
+            question: the last user turn.
+            generation: the answer.
+            rendered: the prompt as the model was given it, where that is to be shown.
+        """
+        return cls(
+            variant=variant,
+            question=question,
+            text=generation.text,
+            tokens=generation.tokens,
+            prompt_tokens=generation.prompt_tokens,
+            stop_reason=generation.stop_reason,
+            seconds=generation.seconds,
+            time_to_first_token_s=generation.time_to_first_token_s,
+            tokens_per_s=generation.tokens_per_s,
+            prompt=rendered.text if rendered else None,
+            prompt_token_ids=rendered.token_ids if rendered else None,
+        )
 
 
 def compute_dtype(requested: str = "auto") -> ComputeDtype:
@@ -108,6 +135,30 @@ def load_engine(
         run, names, base=base, dtype=dtype, memory_budget_bytes=memory_budget_bytes, progress=progress
     )
     return LocalEngine(variants), infos
+
+
+@contextmanager
+def attached_variant(engine: Engine, run: Run | StrPath, name: str) -> Iterator[VariantInfo]:
+    """Have one more adapter beside those that an engine holds; its base is not loaded again.
+
+    Args:
+        engine: a local one.
+        run: the run that it was loaded for, or its directory.
+        name: as for :func:`load_engine`, of an adapter.
+
+    Yields:
+        What the variant is; the engine answers for it by its name until the block ends.
+
+    Raises:
+        DataError: a server, a name that is taken, or a model of its own rather than an adapter.
+        RunError: the run has no such adapter.
+        AdapterError: it does not fit the base, or not beside the others.
+    """
+    info = _info(as_run(run), name, Path())
+    if not isinstance(engine, LocalEngine) or info.kind != "adapter":
+        raise DataError("Only an adapter can be put beside others.", where=engine.capabilities.where, found=name)
+    with engine.variants.attached(info.name, info.path):
+        yield info
 
 
 def rendered_prompt(engine: Engine, variant: str, prompt: Prompt) -> RenderedPrompt:

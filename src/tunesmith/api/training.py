@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.allocator import keep_few_kernels
 from tunesmith.api.engines import compute_dtype
@@ -15,7 +15,7 @@ from tunesmith.report import eval_loss_png, finding_text, loss_png
 from tunesmith.runs import Run, open_run
 
 if TYPE_CHECKING:
-    from tunesmith.train import Machine, Recipe, TrainingPlan
+    from tunesmith.train import Machine, Recipe, RecipeKey, RecipeText, RowPreview, TrainingPlan
 
 _PICTURES = (("training_loss.png", loss_png), ("training_eval_loss.png", eval_loss_png))
 
@@ -113,6 +113,60 @@ def plan_training(
         progress=progress,
         cancellation=cancellation,
     )
+
+
+def read_recipe(text: str, overrides: Sequence[str] = ()) -> RecipeText:
+    """Read a recipe's text: its values, what becomes of each key, and what is wrong with it.
+
+    Nothing that it names is looked for, so that a recipe can be read while it is being written.
+
+    Args:
+        text: YAML, a mapping.
+        overrides: ``key=value`` pairs that replace keys of it.
+
+    Raises:
+        RecipeError: it is no YAML mapping of plain values, or an override is not ``key=value``.
+    """
+    from tunesmith.train import read_recipe_text
+
+    return read_recipe_text(text, overrides)
+
+
+def write_recipe(values: Mapping[str, Any]) -> str:
+    """A recipe's values as YAML, in their order; the comments of a text that they were read from are not there.
+
+    Raises:
+        RecipeError: a value that YAML has no plain form for.
+    """
+    from tunesmith.train import write_recipe_text
+
+    return write_recipe_text(values)
+
+
+def recipe_keys() -> tuple[RecipeKey, ...]:
+    """Every key that a recipe's values are taken from, with its type, default, choices and bounds."""
+    from tunesmith.train import recipe_keys as keys
+
+    return keys()
+
+
+def preview_row(recipe: StrPath, row: int = 0, overrides: Sequence[str] = ()) -> RowPreview:
+    """One training row as it is trained on: which of its tokens count in the loss.
+
+    Args:
+        recipe: a YAML file, or a run that was made from one.
+        row: which, from 0.
+        overrides: ``key=value`` pairs that replace keys of it.
+
+    Raises:
+        RecipeError: unknown, wrong or missing keys.
+        DataError: a data set that cannot be trained on, or no such row.
+        BaseModelError: the base's tokenizer cannot be loaded.
+    """
+    from tunesmith.train import preview_row as preview
+
+    parsed, base = _read(recipe, overrides, resume=False, progress=no_progress)
+    return preview(parsed, base, row)
 
 
 def _read(

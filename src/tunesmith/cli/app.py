@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith.cli import chat, checkpoints, compare, demo, doctor, evaluate, inspect, merge, report, train, verify
+from tunesmith.cli import chat, checkpoints, compare, demo, doctor, evaluate, inspect, merge, report, train, verify, web
 
 # What a user can mend, wherever it strikes; any other OSError that escapes is our bug.
 _OUTSIDE = {
@@ -76,6 +76,7 @@ app.command()(checkpoints.checkpoints)
 app.command()(merge.merge)
 app.command()(verify.verify)
 app.command()(report.report)
+app.command()(web.web)
 app.command()(doctor.doctor)
 
 

@@ -183,7 +183,7 @@ class _Talk:
                 cancellation=cancellation,
             )[0]
         if self._as_json:
-            print_json(_turn(self._name, question, reply, rendered), indent=None)
+            print_json(ts.ChatTurn.of(self._name, question, reply, rendered), indent=None)
         else:
             show(0, "\n")
             console(stderr=True).say(self._note(reply), style="dim")
@@ -196,19 +196,3 @@ class _Talk:
         if reply.stop_reason == "length":
             note += f" For the rest, raise --max-new-tokens (now {self._settings.max_new_tokens})."
         return note
-
-
-def _turn(name: str, question: str, reply: ts.Generation, rendered: ts.RenderedPrompt | None) -> ts.ChatTurn:
-    return ts.ChatTurn(
-        variant=name,
-        question=question,
-        text=reply.text,
-        tokens=reply.tokens,
-        prompt_tokens=reply.prompt_tokens,
-        stop_reason=reply.stop_reason,
-        seconds=reply.seconds,
-        time_to_first_token_s=reply.time_to_first_token_s,
-        tokens_per_s=reply.tokens_per_s,
-        prompt=rendered.text if rendered else None,
-        prompt_token_ids=rendered.token_ids if rendered else None,
-    )

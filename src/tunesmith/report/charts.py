@@ -287,7 +287,8 @@ def _shortened(name: str) -> str:
 def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | None:
     """A layer × module field on a log scale: the merge's relative error, or the update's size |Δ| / |W|.
 
-    Hatched where there is no adapter, crossed where it never moved, blank where it was not measured.
+    Hatched where there is no adapter; crossed where it never moved, or where a merge holds numbers that are not finite;
+    blank where it was not measured.
 
     Args:
         source: a verdict with its tensors, or an adapter whose base norms are known.
@@ -299,8 +300,8 @@ def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | Non
     cells = _error_cells(source) if isinstance(source, Verdict) else _update_cells(source)
     if not cells:
         return None
-    still, unread = (set(), set()) if isinstance(source, Verdict) else _without_a_size(source)
-    adapted = cells.keys() | still | unread
+    crossed, unread = (_ruined(source), set()) if isinstance(source, Verdict) else _without_a_size(source)
+    adapted = cells.keys() | crossed | unread
     layers = sorted({layer for layer, _ in adapted})
     modules = sorted({module for _, module in adapted}, key=_reading_order)
     gaps = {(layer, module) for module in modules for layer in layers} - adapted
@@ -327,7 +328,7 @@ def heatmap_spec(source: Verdict | AdapterFacts, lang: str = "en") -> Spec | Non
                     "encoding": {"color": color, "tooltip": [{"field": name} for name in ("module", "layer", "value")]},
                 },
                 _marked(gaps, _HATCH),
-                *([_marked(still, _CROSS)] if still else []),
+                *([_marked(crossed, _CROSS)] if crossed else []),
             ],
         }
     )
@@ -565,7 +566,17 @@ def _error_cells(verdict: Verdict) -> dict[tuple[int, str], float]:
         error = tensor.relative_error
         if place and error is not None and math.isfinite(error):
             cells[place] = max(cells.get(place, 0.0), error, 1e-9)
-    return cells
+    return {place: error for place, error in cells.items() if place not in _ruined(verdict)}
+
+
+def _ruined(verdict: Verdict) -> set[tuple[int, str]]:
+    """Places of tensors that hold numbers that are not finite, so that their error is none either."""
+    return {
+        place
+        for tensor in verdict.tensors
+        if tensor.relative_error is not None and not math.isfinite(tensor.relative_error)
+        if (place := _place(tensor.module or ""))
+    }
 
 
 def _update_cells(facts: AdapterFacts) -> dict[tuple[int, str], float]:

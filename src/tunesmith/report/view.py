@@ -123,7 +123,8 @@ def effect(comparison: Comparison) -> Effect | None:
         return None
     judged = [score for score in comparison.scores if score.difference is not None]
     score = judged[-1] if judged else comparison.scores[-1]
-    base = next((each for each in comparison.scores if each.difference is None and each is not score), None)
+    bases = {variant.name for variant in comparison.variants if variant.kind == "base"}
+    base = next((each for each in comparison.scores if each.variant in bases and each is not score), None)
     answer = _judgement(score) if base else "alone"
     params: dict[str, Any] = {"rows": score.rows, "variant": score.variant, "after": math.exp(-score.loss)}
     if base:

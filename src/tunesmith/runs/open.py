@@ -134,6 +134,19 @@ def _read(root: Path) -> Run:
     )
 
 
+def training_log(path: str | os.PathLike[str]) -> tuple[LogRow, ...]:
+    """What a training has logged so far; it need not have saved an adapter yet.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        RunError: the directory is absent, or is a file.
+    """
+    documents = Documents(_located(path, no_progress))
+    return _log(documents, {}, TRAINER_STATE)[0]
+
+
 def as_run(run: Run | str | os.PathLike[str], *, progress: ProgressCallback = no_progress) -> Run:
     """The run itself, or the one in that directory, or of that name on the hub."""
     return run if isinstance(run, Run) else open_run(run, progress=progress)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tunesmith.train.fit import check_installed, is_main_process, train
 from tunesmith.train.manifest import DataFile, Manifest
 from tunesmith.train.plan import Machine, TrainingPlan, plan_training
+from tunesmith.train.preview import RowPreview, preview_row
 from tunesmith.train.recipe import Recipe, dtype_note, read_recipe
+from tunesmith.train.recipe_text import RecipeKey, RecipeText, read_recipe_text, recipe_keys, write_recipe_text
 from tunesmith.train.run_dir import ARGUMENTS
 
 __all__ = [
@@ -14,11 +16,18 @@ __all__ = [
     "Machine",
     "Manifest",
     "Recipe",
+    "RecipeKey",
+    "RecipeText",
+    "RowPreview",
     "TrainingPlan",
     "check_installed",
     "dtype_note",
     "is_main_process",
     "plan_training",
+    "preview_row",
     "read_recipe",
+    "read_recipe_text",
+    "recipe_keys",
     "train",
+    "write_recipe_text",
 ]

@@ -68,6 +68,27 @@ def prepare(
     """
     rows = read_rows(recipe)
     tokenizer = load_tokenizer(base_dir)
+    template = template_of(recipe, tokenizer, base_dir)
+    train, held_out = (
+        encode_rows(tokenizer, part, recipe=recipe, progress=progress, cancellation=cancellation)
+        for part in (rows.train, rows.held_out)
+    )
+    if recipe.packing:
+        train = replace(train, examples=_packed(train.examples, recipe.cutoff_len))
+    return Prepared(rows, tokenizer, template, train, held_out)
+
+
+def template_of(recipe: Recipe, tokenizer: Any, base_dir: Path) -> NamedTemplate:
+    """The template that a recipe trains with; the tokenizer is given it.
+
+    Args:
+        recipe: which template.
+        tokenizer: the base's.
+        base_dir: the base model's directory.
+
+    Raises:
+        DataError: there is no such template.
+    """
     template = named_template(
         tokenizer,
         recipe.template,
@@ -76,13 +97,7 @@ def prepare(
         stop_ids=_stop_ids(base_dir),
     )
     template.fit(tokenizer)
-    train, held_out = (
-        encode_rows(tokenizer, part, recipe=recipe, progress=progress, cancellation=cancellation)
-        for part in (rows.train, rows.held_out)
-    )
-    if recipe.packing:
-        train = replace(train, examples=_packed(train.examples, recipe.cutoff_len))
-    return Prepared(rows, tokenizer, template, train, held_out)
+    return template
 
 
 def load_tokenizer(base_dir: Path) -> Any:
