@@ -18,13 +18,14 @@ import tunesmith as ts
 from tests.web.conftest import Page, served
 from tests.web.test_verbs import RECIPE
 from tunesmith.web import Settings
-from tunesmith.web.runs import Known
+from tunesmith.web.runs import Known, library_defaults
 
 RUN = "/api/v1/run?path=run&base=base"
 
 
 def test_the_session_says_what_the_page_is_about(page: Page) -> None:
-    """Root, run, languages, and the library's own defaults."""
+    """Root, run, languages, and the library's own defaults, once they have been read."""
+    library_defaults()
     session = page.get("/api/v1/session").json
     assert session["version"] == ts.__version__
     assert session["root"] == str(page.root)

@@ -58,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.places = Places(settings.root, allowed=(settings.run, settings.base))
     app.state.live = Live(settings)
-    app.state.machine = Machine(settings.dtype)
+    app.state.machine = Machine(settings.dtype, first=runs.library_defaults)
     app.state.known = Known()
     app.state.warming = False
     app.state.jobs = Jobs(app.state.live.slot, app.state.places, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import tunesmith as ts
 
@@ -12,10 +13,11 @@ class Machine:
 
     Args:
         dtype: as it was asked for.
+        first: done before torch is loaded, which takes longest.
     """
 
-    def __init__(self, dtype: str = "auto") -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: str = "auto", *, first: Callable[[], object] = lambda: None) -> None:
+        self._dtype, self._first = dtype, first
         self._lock = threading.Lock()
         self._found: dict[str, object] | None = None
 
@@ -40,6 +42,7 @@ class Machine:
         with self._lock:
             if self._found is not None:
                 return
+            self._first()
             try:
                 compute = ts.compute_dtype(self._dtype)
             except Exception as error:  # noqa: BLE001 - the page works without it, and the first verb that needs it says so

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import psutil
 from fastapi import APIRouter, Query, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -130,9 +129,9 @@ class RowAsked(BaseModel):
 
 @router.get("/session")
 async def session(request: Request) -> JsonReply:
-    """What the page is about: root, run, machine, who has the model, and the library's defaults."""
+    """What the page is about: root, run, machine, who has the model, and, once known, the library's defaults."""
     state = request.app.state
-    defaults = await run_in_threadpool(_defaults) if _defaults.cache_info().currsize == 0 else _defaults()
+    defaults = library_defaults() if library_defaults.cache_info().currsize else None  # they cost half a second of CPU
     settings, places = state.settings, state.places
     holder = state.live.slot.holder
     machine = state.machine.found
@@ -332,7 +331,7 @@ def _demo(places: Places) -> dict[str, Any]:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def library_defaults() -> dict[str, Any]:
     """The library's own defaults; those of its signatures that JSON has words for."""
     generation = {name: field.default for name, field in ts.GenerationSettings.model_fields.items()}
     verbs: dict[str, Callable[..., object]] = {"merge": ts.plan_merge, "verify": ts.verify}

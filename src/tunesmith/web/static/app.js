@@ -1,7 +1,7 @@
 // The frame around every page: navigation, run card, top bar; it loads the page that the address names.
 import {
   begin, html, kept, link, remembered, render, setLang, setToken, t, useEffect, useJobs, useLang, useLost, useRef, useRoute,
-  useRun, useSession, useState,
+  useRun, useSession, useState, visible,
 } from "./core.js";
 import { Button, Empty, ErrorBox, Guard, Icon, Loading, Rich, Verbatim, jobTitle } from "./ui.js";
 
@@ -143,7 +143,7 @@ function App() {
   const { Page, error } = usePage(page ?? "open");
   const first = useRef(true);
   useEffect(() => {
-    document.title = `${page ? `${t(`page.nav.${page}`)} · ` : ""}${route.query.run ? `${named(route.query.run)} · ` : ""}Tunesmith`;
+    document.title = visible(`${page ? `${t(`page.nav.${page}`)} · ` : ""}${route.query.run ? `${named(route.query.run)} · ` : ""}Tunesmith`);
   }, [page, route.query.run, lang]);
   useEffect(() => {
     // At a change of pages the focus goes where the new one begins, but not when the page is first opened.

@@ -18,11 +18,13 @@ export function visible(text) {
 const named = (code) =>
   code < 0x20 ? String.fromCodePoint(0x2400 + code) : code === 0x7f ? "␡" : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
 
-// Every text of every element goes through here, so that no page has to think of it.
+// Every text of every element goes through here, so that no page has to think of it; so do attributes that are read.
+const SAID = ["children", "title", "aria-label", "placeholder"];
 function shownSafely(node) {
   if (Array.isArray(node)) return node.map(shownSafely);
   if (typeof node === "string") return visible(node);
-  if (typeof node?.type === "string" && node.props.children !== undefined) node.props.children = shownSafely(node.props.children);
+  if (typeof node?.type !== "string") return node;
+  for (const name of SAID) if (node.props[name] !== undefined) node.props[name] = shownSafely(node.props[name]);
   return node;
 }
 
@@ -587,7 +589,7 @@ let wake = () => {};
 async function keepUp() {
   for (;;) {
     const busy = jobs.value.some((job) => !ended(job));
-    await new Promise((go) => setTimeout((wake = go), busy || lost.value ? 2000 : 8000));
+    await new Promise((go) => setTimeout((wake = go), busy || lost.value || !session.value?.torch_ready ? 2000 : 8000));
     if (document.hidden) await inSight();
     await Promise.allSettled([refreshSession(), refreshJobs()]);
   }

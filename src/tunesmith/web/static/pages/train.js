@@ -354,6 +354,8 @@ function Training({ job }) {
   const spec = useMemo(() => lossSpec(log), [log, lang]);
   const [error, setError] = useState(null);
   const run = job.result?.path ?? job.result?.run ?? outputOf(job.params?.recipe_text) ?? job.params?.run;
+  // Before its first step there is nothing to go on from, unless it went on itself.
+  const begun = job.params?.resume || (job.progress?.stage === "train" && job.progress.done > 0);
   const goOn = () => {
     const { recipe_text, run: from, overrides } = job.params;
     startJob("train", from ? { run: from, overrides, resume: true } : { recipe_text, overrides, resume: true }).then((started) => {
@@ -362,8 +364,9 @@ function Training({ job }) {
     }, setError);
   };
   return html`<${JobCard} job=${job} testid="train-job" cancelTestid="train-stop" />
-    ${job.state === "cancelled" && html`<${Card} title=${t("page.train.stopped")}><p>${t("page.train.stopped.hint")}</p><div class="actions"><${Button} kind="primary" onclick=${goOn} testid="train-resume">${t("page.train.resume")}<//><${Button} href=${link("overview", { run })}>${t("page.train.look")}<//></div><${ErrorBox} error=${error} /><//>`}
-    ${job.state === "failed" && html`<div class="actions"><${Button} onclick=${goOn}>${t("page.train.resume")}<//></div><${ErrorBox} error=${error} />`}
+    ${job.state === "cancelled" && !begun && html`<${Card} title=${t("page.train.stopped.early")} testid="train-stopped-early"><p>${t("page.train.stopped.early.hint")}</p><//>`}
+    ${job.state === "cancelled" && begun && html`<${Card} title=${t("page.train.stopped")}><p>${t("page.train.stopped.hint")}</p><div class="actions"><${Button} kind="primary" onclick=${goOn} testid="train-resume">${t("page.train.resume")}<//><${Button} href=${link("overview", { run })}>${t("page.train.look")}<//></div><${ErrorBox} error=${error} /><//>`}
+    ${job.state === "failed" && begun && html`<div class="actions"><${Button} onclick=${goOn}>${t("page.train.resume")}<//></div><${ErrorBox} error=${error} />`}
     ${job.state === "done" && html`<section class="callout tone-ok" data-testid="train-done"><h2><${Icon} name="ok" />${t("page.train.done")}</h2><p><${Verbatim}>${run}<//></p><div class="actions"><${Button} kind="primary" href=${link("overview", { run, base: null })}>${t("page.train.look")}<//><${Button} href=${link("compare", { run, base: null })}>${t("page.overview.next.compare")}<//></div></section>`}
     ${spec ? html`<${Card} title=${t("section.loss")}><${Chart} spec=${spec} testid="loss-chart" label=${t("section.loss")} /><//>` : !ended(job) && html`<p class="quiet">${t("page.train.no_loss_yet")}</p>`}`;
 }
