@@ -1,17 +1,17 @@
 """What the page costs, and how it bears many readers at once.
 
-    python benchmarks/page_cost.py --run demo/run [--clients 50] [--aborts 1000]
+    python benchmarks/page_cost.py --run demo/run [--clients 50] [--pause 1] [--aborts 1000] [--browser]
 
 The page is served by a process of its own (``tunesmith web``), one thread for arithmetic, and asked over sockets.
 
 - First page: from the start of the process until the page, its scripts and ``/api/v1/session`` have been read; CPU
   seconds of the process until then; whether torch was loaded by then.  The bar: at most 1 s of CPU, without torch.
-- Token to screen: for one streamed answer, how much later the client has the first token, and the whole answer, than
-  the engine says that it had it.  The bar: 50 ms.  With ``--browser`` the same as chromium draws it.
-- Many readers: CLIENTS connections read ``/``, ``/api/v1/session``, ``/api/v1/run`` and ``/api/v1/jobs`` in turn, one
-  after another without a pause, each with an open event stream beside it, while merges run one after another and one
-  answer streams.  The bars: no error, at most 200 ms a read at the median.  The answer's tokens a second stand beside
-  those of an answer alone.
+- Token to socket, and with ``--browser`` to chromium's screen: how much later the client has a piece of text, or draws
+  it, than the engine said it; the page is then served in this process.  The bar: 50 ms.
+- Many readers: CLIENTS connections read ``/``, ``/api/v1/session``, ``/api/v1/run`` and ``/api/v1/jobs``, wait PAUSE
+  seconds, and read again; each has an event stream open beside it, merges run one after another, one answer streams.
+  The page itself asks every 2 to 8 seconds.  The bars: no error, at most 200 ms a read at the median.  The answer's
+  tokens a second stand beside those of an answer alone, and of an answer beside the merges alone.
 - A client that vanishes: from closing its socket in mid-answer until the model is free.  The bar: 2 s.
 - ABORTS answers and event streams opened and cut at once: threads, files and memory of the server before and after.
 """
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -143,21 +143,6 @@ def events(reply: Any) -> Iterator[tuple[str, Any, float]]:
             name, data = "", ""
 
 
-@dataclass
-class Answer:
-    """One streamed answer, as the client saw it.
-
-    Attributes:
-        first_s: from the question to the first piece of text.
-        all_s: from the question to the end.
-        turn: what the engine says of it.
-    """
-
-    first_s: float
-    all_s: float
-    turn: dict[str, Any]
-
-
 def chat(run: str, *, tokens: int) -> dict[str, Any]:
     """A question for the tuned model."""
     settings = {"max_new_tokens": tokens, "greedy": True}
@@ -165,25 +150,18 @@ def chat(run: str, *, tokens: int) -> dict[str, Any]:
     return {"run": run, "variant": "final", "messages": messages, "settings": settings}
 
 
-def answered(server: Served, run: str, *, tokens: int) -> Answer:
-    """Ask, and read the stream to its end."""
+def answered(server: Served, run: str, *, tokens: int) -> dict[str, Any]:
+    """Ask, and read the stream to its end: what the engine says of its answer."""
     connection = server.connection(timeout=600)
     try:
-        started = time.perf_counter()
-        connection.request(
-            "POST", "/api/v1/chat", json.dumps(chat(run, tokens=tokens)), {"content-type": "application/json"}
-        )
-        first = None
-        for name, data, when in events(connection.getresponse()):
-            if name == "text" and first is None:
-                first = when - started
-            if name == "error":
-                raise RuntimeError(f"the answer failed: {data}")
-            if name == "done":
-                return Answer(first or 0.0, when - started, data)
+        body = json.dumps(chat(run, tokens=tokens))
+        connection.request("POST", "/api/v1/chat", body, {"content-type": "application/json"})
+        told = {name: data for name, data, _ in events(connection.getresponse())}
     finally:
         connection.close()
-    raise RuntimeError("the stream ended without an answer")
+    if "done" not in told:
+        raise RuntimeError(f"the answer failed: {told.get('error')}")
+    return dict(told["done"])
 
 
 @dataclass
@@ -201,11 +179,12 @@ class Readers:
     streams: int = 0
 
 
-def read_pages(server: Served, run: str, until: threading.Event, seen: Readers) -> None:
+def read_pages(server: Served, run: str, until: threading.Event, seen: Readers, pause: float) -> None:
     """One reader: page after page over one connection."""
     connection = server.connection()
     try:
         while not until.is_set():
+            until.wait(pause)
             for path in PAGES:
                 started = time.perf_counter()
                 connection.request("GET", path.format(run=run))
@@ -220,17 +199,20 @@ def read_pages(server: Served, run: str, until: threading.Event, seen: Readers) 
         connection.close()
 
 
-def read_events(server: Served, job: str, until: threading.Event, seen: Readers) -> None:
-    """One reader of a job's events, from its beginning, again and again."""
-    while not until.is_set():
+def read_events(server: Served, jobs: Sequence[str], until: threading.Event, seen: Readers) -> None:
+    """One reader of events: of each merge, while it runs, to its end."""
+    last = ""
+    while not until.wait(0.05):
+        if jobs[-1] == last:
+            continue
+        last = jobs[-1]
         connection = server.connection(timeout=120)
         try:
-            connection.request("GET", f"/api/v1/jobs/{job}/events?after=0")
+            connection.request("GET", f"/api/v1/jobs/{last}/events?after=0")
             for _ in events(connection.getresponse()):
                 if until.is_set():
                     return
             seen.streams += 1
-            time.sleep(0.2)
         except OSError as error:
             seen.errors.append(repr(error))
             return
@@ -240,9 +222,8 @@ def read_events(server: Served, job: str, until: threading.Event, seen: Readers)
 
 def merge_again(server: Served, run: str, until: threading.Event, jobs: list[str], seen: Readers) -> None:
     """Merges, one after another, each into a new folder."""
-    number = 0
     while not until.is_set():
-        params = {"run": run, "out": f"merged-{number}"}
+        params = {"run": run, "out": f"merged-{time.monotonic_ns()}"}
         job = server.post("/api/v1/jobs", {"kind": "merge", "params": params})["job"]["id"]
         jobs.append(job)
         while (state := server.json(f"/api/v1/jobs/{job}")["job"])["state"] in ("queued", "running"):
@@ -250,18 +231,19 @@ def merge_again(server: Served, run: str, until: threading.Event, jobs: list[str
         if state["state"] != "done":
             seen.errors.append(f"merge: {state['error']}")
             return
-        number += 1
 
 
-def under_load(server: Served, run: str, *, clients: int, tokens: int) -> tuple[Readers, Answer, int]:
+def under_load(
+    server: Served, run: str, *, clients: int, tokens: int, pause: float
+) -> tuple[Readers, dict[str, Any], int]:
     """Readers, an answer and merges at once, until the answer has ended."""
     seen, until, jobs = Readers(), threading.Event(), list[str]()
     merging = threading.Thread(target=merge_again, args=(server, run, until, jobs, seen))
     merging.start()
     while not jobs:
         time.sleep(0.01)
-    readers = [threading.Thread(target=read_pages, args=(server, run, until, seen)) for _ in range(clients)]
-    readers += [threading.Thread(target=read_events, args=(server, jobs[0], until, seen)) for _ in range(clients)]
+    readers = [threading.Thread(target=read_pages, args=(server, run, until, seen, pause)) for _ in range(clients)]
+    readers += [threading.Thread(target=read_events, args=(server, jobs, until, seen)) for _ in range(clients)]
     for one in readers:
         one.start()
     try:
@@ -331,44 +313,103 @@ def verdict(name: str, value: float, bar: float, unit: str) -> None:
     print(f"| {name} | {value:,.3g} {unit} | ≤ {bar:g} {unit} | {'met' if value <= bar else 'NOT met'} |", flush=True)
 
 
-def in_browser(server: Served, run: str) -> list[float]:
-    """Milliseconds by which the first token is later on chromium's screen than in the engine, of three answers."""
+@contextmanager
+def served_here(root: Path, told: list[tuple[float, int]]) -> Iterator[Served]:
+    """Serve a folder in a thread, and note when the engine said each piece of text: unix time, characters so far."""
+    from tunesmith.web import Settings, create_app
+    from tunesmith.web.app import PageServer, bind
+    from tunesmith.web.live import Flow
+
+    say = Flow.say
+
+    def noted(self: Any, name: str, data: Any) -> None:
+        if name == "text":
+            told.append((time.time(), (told[-1][1] if told else 0) + len(data["text"])))
+        say(self, name, data)
+
+    settings = Settings(root=root, port=0)
+    bound = bind(settings)
+    settings = settings.model_copy(update={"port": bound.getsockname()[1]})
+    server = PageServer(create_app(settings), settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    Flow.say = noted  # type: ignore[method-assign]
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(psutil.Process(), settings.port, time.perf_counter())
+    finally:
+        Flow.say = say  # type: ignore[method-assign]
+        server.should_exit = True
+        thread.join()
+
+
+def late_ms(told: Sequence[tuple[float, int]], seen: Sequence[tuple[float, int]]) -> list[float]:
+    """By how many milliseconds each piece was later where it was seen than where it was said."""
+    late = []
+    for when, characters in seen:
+        said = next((at for at, so_far in told if so_far >= characters), None)
+        if said is not None:
+            late.append(1e3 * (when - said))
+    return late
+
+
+def to_socket(server: Served, run: str, told: list[tuple[float, int]], tokens: int) -> list[float]:
+    """Milliseconds from the engine to a client's socket, of every piece of one answer."""
+    told.clear()
+    seen: list[tuple[float, int]] = []
+    connection = server.connection(timeout=600)
+    body = json.dumps(chat(run, tokens=tokens))
+    connection.request("POST", "/api/v1/chat", body, {"content-type": "application/json"})
+    for name, data, _ in events(connection.getresponse()):
+        if name == "text":
+            seen.append((time.time(), (seen[-1][1] if seen else 0) + len(data["text"])))
+    connection.close()
+    return late_ms(told, seen)
+
+
+def to_screen(server: Served, run: str, told: list[tuple[float, int]], tokens: int) -> list[float]:
+    """Milliseconds from the engine to the frame in which chromium draws it, of every frame of one answer."""
     from playwright.sync_api import sync_playwright
 
     watch = """() => {
-        const send = document.querySelector('[data-testid=chat-send]');
-        window.seen = new Promise((resolve) => {
-            send.addEventListener('click', () => { const from = performance.now();
-                new MutationObserver((_, self) => {
-                    const replies = document.querySelectorAll('[data-testid=chat-reply]');
-                    const last = replies[replies.length - 1];
-                    if (last && last.textContent.trim()) { self.disconnect();
-                        requestAnimationFrame(() => resolve(performance.now() - from)); }
-                }).observe(document.body, {subtree: true, childList: true, characterData: true});
-            }, {once: true});
-        });
+        window.seen = [];
+        let drawn = 0;
+        const look = () => {
+            const replies = document.querySelectorAll('[data-testid=chat-reply]');
+            const length = replies.length ? replies[replies.length - 1].textContent.length : 0;
+            if (length > drawn) { drawn = length; window.seen.push([Date.now() / 1000, length]); }
+            requestAnimationFrame(look);
+        };
+        requestAnimationFrame(look);
     }"""
-    late = []
+    told.clear()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--no-first-run"]
-        )
-        for _ in range(3):
-            page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{server.port}/#/chat?run={run}&variant=final")
-            page.get_by_test_id("chat-input").fill(QUESTION)
-            page.evaluate(watch)
-            with page.expect_response("**/api/v1/chat") as response:
-                page.get_by_test_id("chat-send").click()
-            seen_ms = page.evaluate("window.seen")
-            page.get_by_test_id("chat-stop").click()
-            text = response.value.text()
-            done = next(block for block in text.split("\n\n") if "event: done" in block)
-            turn = json.loads(done.split("data: ", 1)[1])
-            late.append(seen_ms - 1e3 * turn["time_to_first_token_s"])
-            page.close()
+        arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/#/chat?run={run}&variant=final")
+        page.get_by_label("Longest answer, in tokens").fill(str(tokens))
+        page.get_by_test_id("chat-input").fill(QUESTION)
+        page.evaluate(watch)
+        page.get_by_test_id("chat-send").click()
+        page.get_by_test_id("stop-reason").wait_for(timeout=300_000)
+        seen = page.evaluate("window.seen")
         browser.close()
-    return late
+    return late_ms(told, seen)
+
+
+def streaming(root: Path, run: str, options: argparse.Namespace) -> None:
+    """From the engine's word to the client's."""
+    told: list[tuple[float, int]] = []
+    with served_here(root, told) as server:
+        answered(server, run, tokens=2)  # loads the model
+        late = to_socket(server, run, told, options.tokens)
+        verdict(f"token to socket, median of {len(late)}", statistics.median(late), MAX_TOKEN_MS, "ms")
+        if options.browser:
+            late = to_screen(server, run, told, options.tokens)
+            verdict(f"token to screen, median of {len(late)} frames", statistics.median(late), MAX_TOKEN_MS, "ms")
+            print(f"| … 95th percentile | {statistics.quantiles(late, n=20)[18]:.0f} ms | | |")
 
 
 def measure(root: Path, run: str, options: argparse.Namespace) -> None:
@@ -380,27 +421,17 @@ def measure(root: Path, run: str, options: argparse.Namespace) -> None:
         print(f"| first page, wall; torch loaded: {'yes' if torch else 'no'} | {wall:.2f} s | | |")
         answered(server, run, tokens=2)  # loads the model
         alone = [answered(server, run, tokens=options.tokens) for _ in range(3)]
-        first = statistics.median(1e3 * (one.first_s - one.turn["time_to_first_token_s"]) for one in alone)
-        whole = statistics.median(1e3 * (one.all_s - one.turn["seconds"]) for one in alone)
-        verdict("first token, over the engine's time", first, MAX_TOKEN_MS, "ms")
-        verdict("whole answer, over the engine's time", whole, MAX_TOKEN_MS, "ms")
-        if options.browser:
-            verdict("first token on the screen", statistics.median(in_browser(server, run)), MAX_TOKEN_MS, "ms")
-        seen, answer, merges = under_load(server, run, clients=options.clients, tokens=options.tokens)
-        verdict(
-            f"median of {len(seen.reads_s):,} reads by {options.clients} readers beside {merges} merges",
-            1e3 * statistics.median(seen.reads_s),
-            MAX_READ_MS,
-            "ms",
-        )
-        worst = statistics.quantiles(seen.reads_s, n=100)[98]
-        print(f"| … 99th percentile | {1e3 * worst:.0f} ms | | |")
+        load = {"tokens": options.tokens, "pause": options.pause}
+        _, beside_merges, _ = under_load(server, run, clients=0, **load)
+        seen, answer, merges = under_load(server, run, clients=options.clients, **load)
+        many = f"{len(seen.reads_s):,} reads by {options.clients} readers beside {merges} merges"
+        verdict(f"median of {many}", 1e3 * statistics.median(seen.reads_s), MAX_READ_MS, "ms")
+        print(f"| … 99th percentile | {1e3 * statistics.quantiles(seen.reads_s, n=100)[98]:.0f} ms | | |")
         verdict("… errors", len(seen.errors), 0, "")
-        speed = statistics.median(one.turn["tokens_per_s"] for one in alone)
-        share = answer.turn["tokens_per_s"] / speed
-        print(
-            f"| … tokens/s of the answer beside | {answer.turn['tokens_per_s']:.1f} of {speed:.1f} ({share:.0%}) | | |"
-        )
+        alone_speed = statistics.median(one["tokens_per_s"] for one in alone)
+        for name, turn in (("beside merges", beside_merges), ("beside merges and readers", answer)):
+            share = turn["tokens_per_s"] / alone_speed
+            print(f"| tokens/s {name} | {turn['tokens_per_s']:.1f} of {alone_speed:.1f} ({share:.0%}) | | |")
         verdict(
             "model free after a client vanished, worst of 5",
             max(vanish(server, run) for _ in range(5)),
@@ -423,6 +454,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a run of the embedded model, such as the demo's")
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds between a reader's rounds")
     parser.add_argument("--tokens", type=int, default=128, help="of the answers that are timed")
     parser.add_argument("--aborts", type=int, default=1000)
     parser.add_argument("--browser", action="store_true", help="also time chromium's screen")
@@ -430,6 +462,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tunesmith-page-") as folder:
         shutil.copytree(options.run, Path(folder) / "run")
         measure(Path(folder), "run", options)
+        streaming(Path(folder), "run", options)
 
 
 if __name__ == "__main__":

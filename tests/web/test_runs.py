@@ -42,6 +42,7 @@ def test_the_session_says_what_the_page_is_about(page: Page) -> None:
 
 def test_the_session_knows_a_demo_that_was_made(tmp_path: Path) -> None:
     """Only one that is whole."""
+    library_defaults()
     (tmp_path / "tunesmith-demo" / "run").mkdir(parents=True)
     with served(Settings(root=tmp_path)) as page:
         assert page.get("/api/v1/session").json["demo"] == {"ready": False, "run": None}

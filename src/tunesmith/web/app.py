@@ -31,6 +31,8 @@ from tunesmith.web.safety import Safety
 from tunesmith.web.settings import Settings
 
 STATIC = Path(__file__).parent / "static"
+# A thread that decodes lets go of the interpreter at every product, and waits so long for it while another serves.
+_SWITCH_SECONDS = 0.0005
 _WARM_AFTER_SECONDS = 5.0  # sooner, where a page has been loaded
 _GOODBYE_SECONDS = 3
 _LOOK_SECONDS = 0.1
@@ -88,6 +90,7 @@ def serve(settings: Settings, *, tries: int = 1, told: Callable[[Settings], None
     bound = bind(settings, tries=tries)
     settings = settings.model_copy(update={"port": bound.getsockname()[1]})
     server = PageServer(create_app(settings), settings, told)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         server.run(sockets=[bound])
     finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 KEPT_JOBS = 50
 MOST_QUEUED = 20
 HEARTBEAT_SECONDS = 10.0
+_NICENESS = 10
 _PROGRESS_SECONDS = 0.1
 _RATE_SECONDS = 8.0
 _MOST_LINES = 500
@@ -243,6 +246,15 @@ class Job:
         }
 
 
+def _step_back() -> None:
+    """Let pages and answers go before this thread's work, and before that of the threads that it will start.
+
+    Linux keeps a niceness for every thread, which those that it starts inherit: sched(7).
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 class Jobs:
     """All jobs: those that wait, the one that runs, and the newest that have ended.
 
@@ -377,6 +389,7 @@ class Jobs:
         return Holder(first.kind, first.id) if first else None
 
     def _work(self) -> None:
+        _step_back()
         while True:
             with self._changed:
                 while not self._queue and not self.stopping:

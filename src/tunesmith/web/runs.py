@@ -129,9 +129,10 @@ class RowAsked(BaseModel):
 
 @router.get("/session")
 async def session(request: Request) -> JsonReply:
-    """What the page is about: root, run, machine, who has the model, and, once known, the library's defaults."""
+    """What the page is about: root, run, machine, who has the model; and the library's defaults, once they are read."""
     state = request.app.state
-    defaults = library_defaults() if library_defaults.cache_info().currsize else None  # they cost half a second of CPU
+    # To read them takes a second of CPU, which the first page need not wait for.
+    defaults = library_defaults() if library_defaults.cache_info().currsize else None
     settings, places = state.settings, state.places
     holder = state.live.slot.holder
     machine = state.machine.found
@@ -151,7 +152,7 @@ async def session(request: Request) -> JsonReply:
             "disk_free_bytes": shutil.disk_usage(places.root).free,
             "holder": holder,
             "loaded": state.live.loaded,
-            "demo": _demo(places),
+            "demo": None if defaults is None else _demo(places),
             "defaults": defaults,
         }
     )
@@ -334,7 +335,7 @@ def _demo(places: Places) -> dict[str, Any]:
 def library_defaults() -> dict[str, Any]:
     """The library's own defaults; those of its signatures that JSON has words for."""
     generation = {name: field.default for name, field in ts.GenerationSettings.model_fields.items()}
-    verbs: dict[str, Callable[..., object]] = {"merge": ts.plan_merge, "verify": ts.verify}
+    verbs: dict[str, Callable[..., object]] = {"merge": ts.plan_merge, "verify": ts.verify, "demo": ts.demo}
     plain = (bool, int, float, str, type(None), tuple)
     signatures = {
         name: {key: value for key, value in defaults_of(verb).items() if isinstance(value, plain)}
