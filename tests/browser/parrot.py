@@ -72,9 +72,7 @@ def _config(vocabulary: int) -> LlamaConfig:
 
 def _adapter(model: LlamaForCausalLM, root: Path) -> Path:
     with quiet_loading():
-        peft = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=["down_proj"])
-        )
+        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=1, target_modules=["down_proj"]))
         with torch.no_grad():
             for name, weight in peft.named_parameters():
                 if "lora_" in name:

@@ -70,7 +70,7 @@ def test_language_and_theme_are_switched_and_remembered(visit: Visit) -> None:
     page = opened(visit, "overview")
     heading = page.locator("h2").first.inner_text()
     page.get_by_test_id("lang").click()
-    page.wait_for_function("document.documentElement.lang === 'zh-CN'")
+    page.wait_for_function("() => document.documentElement.lang === 'zh-CN'")
     assert page.locator("h2").first.inner_text() != heading
     ground = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(ground)

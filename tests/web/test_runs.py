@@ -110,6 +110,20 @@ def test_pictures_speak_the_language_that_is_asked_for(page: Page) -> None:
     assert page.get(f"{RUN}&lang=xx").status == 422
 
 
+def test_losses_of_a_run_that_keeps_a_log_alone_are_the_logs(own_root: Path) -> None:
+    """LLaMA-Factory's log is there before the Trainer's own state is."""
+    rows = [
+        {"current_steps": 5, "loss": 2.5},
+        {"current_steps": 10, "loss": 2.0, "eval_loss": 2.2},
+        {"current_steps": 15},
+    ]
+    log = "".join(json.dumps(row) + "\n" for row in rows)
+    (own_root / "run" / "trainer_log.jsonl").write_text(log, encoding="utf-8")
+    with served(Settings(root=own_root)) as page:
+        (listed,) = page.get("/api/v1/runs").json["runs"]
+    assert (listed["last_loss"], listed["eval_loss"], listed["steps"]) == (2.0, 2.2, 10)
+
+
 def test_one_of_a_runs_checkpoints_is_inspected(page: Page) -> None:
     """By its name; one that is not there is told with those that are."""
     assert page.get(f"{RUN}&checkpoint=checkpoint-10").json["inspection"]["checkpoint"] == "checkpoint-10"

@@ -292,7 +292,7 @@ def write_error(error: OSError, where: Path, *, resume: Path | None = None) -> O
             found=error.strerror,
             next_step="free some space, or choose a target on another disk",
         )
-    return OutputError(f"{what}.", where=where, found=error.strerror or error)
+    return OutputError("The target cannot be written.", where=where, found=error.strerror or error)
 
 
 def copy_range(source: int, target: int, offset: int, count: int, *, to: int | None = None) -> None:

@@ -312,14 +312,18 @@ def _summary(path: Path) -> dict[str, Any] | None:
     except ts.TunesmithError:
         return None
     last = found.checkpoints[-1]
+
+    def logged(name: str) -> float | None:
+        return next((value for row in reversed(found.log) if (value := getattr(row, name)) is not None), None)
+
     return {
         "path": path,
         "name": found.name,
         "base_model": found.base_model,
         "tool": found.writer,
-        "steps": last.step,
-        "last_loss": last.loss,
-        "eval_loss": last.eval_loss,
+        "steps": logged("step") if last.step is None else last.step,
+        "last_loss": logged("loss") if last.loss is None else last.loss,
+        "eval_loss": logged("eval_loss") if last.eval_loss is None else last.eval_loss,
         "checkpoints": len(found.checkpoints),
         "modified_s": path.stat().st_mtime,
     }

@@ -1,6 +1,6 @@
 // The frame around every page: navigation, run card, top bar; it loads the page that the address names.
 import {
-  begin, html, kept, link, remembered, render, setLang, setToken, t, useEffect, useJobs, useLang, useLost, useRef, useRoute,
+  begin, html, kept, link, remembered, render, sentence, setLang, setToken, t, useEffect, useJobs, useLang, useLost, useRef, useRoute,
   useRun, useSession, useState, visible,
 } from "./core.js";
 import { Button, Empty, ErrorBox, Guard, Icon, Loading, Rich, Verbatim, jobTitle } from "./ui.js";
@@ -113,7 +113,7 @@ function TokenPrompt({ error, retry }) {
     <p lang="zh-CN">服务器需要令牌，它和网址一起显示在启动服务的终端里。</p>
     <label for="token">Token · 令牌</label>
     <input id="token" type="password" autocomplete="off" value=${value} oninput=${(event) => setValue(event.target.value)} />
-    ${kept("token") && html`<p class="field-error" role="alert">${error.error?.what}</p>`}
+    ${kept("token") && html`<p class="field-error" role="alert">${sentence(error.error?.what)}</p>`}
     <${Button} kind="primary" type="submit">OK<//>
   </form></main>`;
 }
@@ -160,7 +160,7 @@ function App() {
       <${Navigation} page=${page} query=${route.query} session=${session} />
       <div class="body">
         <${TopBar} query=${route.query} />
-        ${lost && html`<div class="lost" role="alert"><${Icon} name="warning" /><span>${lost.error?.what ?? t("page.error.unreachable")} ${lost.error?.next && html`<${Rich} text=${lost.error.next} />`}</span></div>`}
+        ${lost && html`<div class="lost" role="alert"><${Icon} name="warning" /><span>${sentence(lost.error?.what) ?? t("page.error.unreachable")} ${lost.error?.next && html`<${Rich} text=${lost.error.next} />`}</span></div>`}
         <main id="main" ref=${main} tabindex="-1" class=${`page-${page ?? "none"}`}>
           ${route.page && !page
             ? html`<h1>${t("page.nav.unknown")}</h1><${Empty} title=${t("page.nav.unknown.hint")} action=${html`<${Button} href=${link("open")}>${t("page.nav.open")}<//>`} />`

@@ -105,6 +105,30 @@ const PLACE = /\{(\w+)(?::([^{}]*))?\}/g;
 /** Fill the placeholders of a template; what is not given is shown as a dash. */
 export const fill = (text, params) => text.replace(PLACE, (_, name, spec) => shown(params[name], spec));
 
+// The sentences of errors that have placeholders, as patterns: those first that leave the least to be filled.
+const patterns = {};
+const patternsOf = (language) =>
+  Object.keys(texts[language] ?? {})
+    .filter((key) => key.startsWith("what.") && key.includes("{"))
+    .map((key) => {
+      const said = key.slice("what.".length).split(/\{\w+\}/);
+      const escaped = said.map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+      const names = [...key.matchAll(PLACE)].map(([, name]) => name);
+      return { key, names, length: said.join("").length, pattern: new RegExp(`^${escaped.join("(.+?)")}$`, "su") };
+    })
+    .sort((left, right) => right.length - left.length);
+
+/** What an error of the library says, in the language of the page; as it is where there is no text for it. */
+export function sentence(what) {
+  const known = (said) => (hasText(`what.${said}`) ? t(`what.${said}`) : null);
+  if (known(what) !== null) return known(what);
+  for (const { key, names, pattern } of (patterns[lang.value] ??= patternsOf(lang.value))) {
+    const found = pattern.exec(what);
+    if (found) return t(key, Object.fromEntries(names.map((name, at) => [name, known(found[at + 1]) ?? found[at + 1]])));
+  }
+  return what;
+}
+
 const OURS = {
   bytes: (value) => bytes(value),
   nats: (value) => nats(value),

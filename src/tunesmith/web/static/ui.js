@@ -1,7 +1,7 @@
 // The pieces that all pages are made of. Whatever a model or a file said is only ever put in as a text node.
 import {
   api, cancelJob, createContext, currentLang, download, ended, figure, fill, formatBytes, formatNumber, formatSeconds, hasText, html,
-  link, render, t, template, useContext, useEffect, useErrorBoundary, useJob, useLang, useLayoutEffect, useLoad, useMemo,
+  link, render, sentence, t, template, useContext, useEffect, useErrorBoundary, useJob, useLang, useLayoutEffect, useLoad, useMemo,
   useRef, useState,
 } from "./core.js";
 
@@ -84,7 +84,7 @@ export function ErrorBox({ error, testid = "error", retry }) {
   const lines = [["where", said.where], ["expected", said.expected], ["found", said.found], ["next", said.next]].filter(([, value]) => value);
   return html`<div class="error-box" role="alert" data-testid=${testid}>
     <p class="error-title"><${Icon} name="error" />${title}</p>
-    <p class="error-what">${said.what}</p>
+    <p class="error-what">${sentence(said.what)}</p>
     ${said.details?.length > 0 && html`<ul class="error-details">${said.details.map((line) => html`<li>${line}</li>`)}</ul>`}
     ${lines.length > 0 && html`<dl>${lines.map(([name, value]) => html`<div><dt>${t(`page.error.${name}`)}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${retry && html`<div class="actions"><${Button} onclick=${retry}>${t("page.common.retry")}<//></div>`}

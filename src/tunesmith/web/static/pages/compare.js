@@ -322,7 +322,7 @@ function Exchange({ prompt, cells, borne }) {
 /** Held-out losses with the 95 % intervals of their differences to the base. */
 function Scores({ comparison }) {
   const scores = comparison.scores || [];
-  if (!scores.length) return html`<p class="note">${t("effect.no_scores")}</p>`;
+  if (!scores.length) return html`<section class="effect"><h2>${t("section.effect")}</h2><p class="note">${t("effect.no_scores")}</p></section>`;
   const ends = scores.flatMap((one) => [one.difference_low, one.difference_high]).filter((end) => Number.isFinite(end));
   const [low, high] = [Math.min(0, ...ends), Math.max(0, ...ends)];
   const margin = (high - low || 1) * 0.08;
