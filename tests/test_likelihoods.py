@@ -41,7 +41,10 @@ def test_chances_are_the_engine_s_own_score(engine: LocalEngine, name: str) -> N
         assert chances == sorted(chances, reverse=True)  # type: ignore[type-var]
         assert one.log_prob <= chances[0]  # type: ignore[operator]
         assert (one.log_prob == chances[0]) == (one.token_id == one.likeliest[0].token_id)
-    assert ts.token_chances(engine, name, ids, start=4, top=5) == told[4:]
+    later = ts.token_chances(engine, name, ids, start=4, top=5)
+    assert [one.token_id for one in later] == list(ids[4:])
+    # A product of fewer rows may sum in another order.
+    assert [one.log_prob for one in later] == pytest.approx([one.log_prob for one in told[4:]], abs=1e-5)
     assert ts.token_chances(engine, name, ids, start=len(ids)) == []
 
 
