@@ -159,6 +159,7 @@ def states(site: Served) -> list[tuple[str, str, str]]:
     return [
         *((name, "", READY[name]) for name in READY),
         ("compare", f"&tab=many&job={job_of(site, 'compare')}", "compare-cell"),
+        ("compare", "&tab=effect", "evaluate-start"),
         ("compare", f"&tab=vote&job={job_of(site, 'compare')}", "votes"),
         ("merge", f"&job={job_of(site, 'merge')}", "merge-done"),
         ("verify", f"&job={job_of(site, 'verify', 1)}", "verify-verdict"),

@@ -361,6 +361,24 @@ def test_two_answers_grow_side_by_side(visit: Visit, site: Served) -> None:
     wait_for(lambda: site.app.state.live.slot.holder is None, seconds=2)
 
 
+def test_evaluation_is_shown_as_the_report_shows_it(visit: Visit) -> None:
+    """Of the run's variants on a file of rows; it outlives a reload, and can be had as a file."""
+    page = visit("#/compare?run=run&base=base&tab=effect")
+    page.get_by_test_id("evaluate-data").fill("rows.jsonl")
+    page.get_by_test_id("evaluate-general").uncheck(force=True)
+    page.get_by_test_id("evaluate-start").click()
+    page.get_by_test_id("evaluate-done").wait_for()
+    page.reload()
+    page.get_by_test_id("evaluate-done").wait_for()
+    frame = page.frame_locator("[data-testid=evaluate-frame]")
+    frame.locator("h1, h2").first.wait_for()
+    assert "final" in frame.locator("body").inner_text()
+    with page.expect_download() as download:
+        page.get_by_test_id("evaluate-md").click()
+    assert "final" in download.value.path().read_text(encoding="utf-8")
+    assert "tunesmith evaluate run" in page.get_by_text("tunesmith evaluate").inner_text()
+
+
 def test_many_questions_are_filtered_and_voted_on_blindly(visit: Visit) -> None:
     """Names come with the tally, once the last pair is judged."""
     page = visit("#/compare?run=known/run&base=known/base&tab=many")

@@ -51,7 +51,7 @@ function JobChip() {
   });
   if (!running) return null;
   const params = running.params ?? {};
-  const address = link(JOB_PAGES[running.kind] ?? "open", { job: running.id, ...(params.run ? { run: params.run } : {}) });
+  const address = link(JOB_PAGES[running.kind] ?? "open", { ...(running.kind === "evaluate" ? { tab: "effect", evaluation: running.id } : { job: running.id }), ...(params.run ? { run: params.run } : {}) });
   return html`<a class="job-chip" data-testid="job" data-kind=${running.kind} data-state=${running.state} href=${address} aria-label=${`${jobTitle(running)}${share === null ? "" : ` ${Math.floor(100 * share)}%`}`}>
     <span class=${`ring ${share === null ? "ring-waiting" : ""}`} ref=${ring} aria-hidden="true"></span>
     <span class="job-name">${jobTitle(running)}</span>${share !== null && html`<span>${Math.floor(100 * share)}%</span>`}${waiting > 0 && html`<span class="quiet">+${waiting}</span>`}

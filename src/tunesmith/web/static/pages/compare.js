@@ -4,6 +4,7 @@ import {
   Button, Card, Command, Empty, ErrorBox, Field, Findings, Loading, NumberInput, Progress, Rich, Select, Tabs, TextInput, confirmDialog, useKeys,
 } from "../ui.js";
 import { NoRun } from "./chat.js";
+import { Evaluate } from "./evaluate.js";
 import {
   LoadingLine, OtherDirectory, Pieces, Refusal, ReplyFoot, SettingsForm, Writing, generationOf, labelOf, nameOf, outside, recall, remember,
   useJobsOf, useRunOf, sideOf, streamed, unlike, UNLIKE_BELOW, useKept, useSettings, variantsOf, wordDiff,
@@ -19,7 +20,9 @@ export default function Page({ query, session }) {
   const { run, base } = useRunOf(query, session);
   const { data, error } = useRun({ run, base });
   const [settings, change, reset] = useSettings(session, { key: "settings.compare", greedy: true });
-  const jobs = useJobsOf(run, session).filter((job) => job.kind === "compare");
+  const all = useJobsOf(run, session);
+  const jobs = all.filter((job) => job.kind === "compare");
+  const evaluations = all.filter((job) => job.kind === "evaluate");
   if (!run) return html`<h1>${t("page.nav.compare")}</h1><${NoRun} />`;
   if (error && !data) return html`<h1>${t("page.nav.compare")}</h1><${ErrorBox} error=${error} />`;
   const known = variantsOf(data);
@@ -32,10 +35,11 @@ export default function Page({ query, session }) {
   return html`<div class="compare-page">
     <h1>${t("page.nav.compare")}</h1>
     <${Tabs} value=${tab} onchange=${(next) => amend({ tab: next })} label=${t("page.nav.compare")}
-      tabs=${["one", "many", "vote"].map((key) => ({ key, title: t(`page.compare.${key}`), testid: `tab-${key}` }))}>
+      tabs=${["one", "many", "effect", "vote"].map((key) => ({ key, title: t(`page.compare.${key}`), testid: `tab-${key}` }))}>
       ${tab !== "vote" && html`<${Chosen} known=${known} chosen=${chosen} onchange=${(next) => amend({ variants: next.join(","), variant: null })} />`}
       ${tab === "one" && html`<${One} ...${shared} />`}
       ${tab === "many" && html`<${Many} ...${shared} job=${job} />`}
+      ${tab === "effect" && html`<${Evaluate} run=${run} base=${base} chosen=${chosen} id=${query.evaluation || evaluations[0]?.id} />`}
       ${tab === "vote" && html`<${Votes} job=${job} jobs=${jobs} />`}
     <//>
   </div>`;
