@@ -39,8 +39,8 @@ def give_memory_back(*, collect: bool = True) -> None:
 def keep_few_kernels() -> None:
     """Let oneDNN keep the machine code of few products, unless the user says how many.
 
-    It compiles one for every number of tokens that a batch has, and keeps 1,024 of them, about 150 kB each; to compile
-    one again takes a millisecond.  It asks once, at its first product.
+    It compiles one for every number of tokens that a batch has, and keeps 1,024 of them, in more memory than it takes
+    time to compile one again.  It asks once, at its first product.
 
     Source: https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
     """

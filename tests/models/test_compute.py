@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import DataError
-from tunesmith.models import ComputeDtype, compute, compute_dtype
+from tunesmith.models import ComputeDtype, avoid_cudnn_attention, compute, compute_dtype
 
 on_cpu = pytest.mark.skipif(compute._device() != "cpu", reason="this machine computes on a GPU")
 
@@ -100,3 +100,15 @@ def test_importing_the_rooms_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_attention_is_cudnns_on_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for a CPU, nothing is changed in the process."""
+    import torch
+
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    avoid_cudnn_attention("cpu")
+    assert asked == []
+    avoid_cudnn_attention("cuda:1")
+    assert asked == [False]

@@ -18,6 +18,7 @@ from tunesmith.merge import Forecast, Kept
 from tunesmith.record import Finding
 from tunesmith.report import render_report, text, write_report
 from tunesmith.report.escaping import prose, visible
+from tunesmith.report.view import effect
 from tunesmith.runs import Overruled, RunFile, Setting
 from tunesmith.verify import BehaviourRow, Divergence, Verdict
 
@@ -448,3 +449,15 @@ def test_what_a_merge_would_keep_is_among_the_adapters_facts(
     about = document.split(text("fact.forecast"))[1][:900]
     assert all(figure in about for figure in shown)
     assert ("99.9%" in about) is (rounding == "faithful")
+
+
+def test_without_a_base_no_variant_is_taken_for_it(parts: Parts) -> None:
+    """Two scores that nothing was measured against say nothing of each other."""
+    comparison = parts["comparison"]
+    bare = {"difference": None, "difference_low": None, "difference_high": None, "better_rows": None}
+    score = next(one for one in comparison.scores if one.difference is not None).model_copy(update=bare)
+    two = (score, score.model_copy(update={"variant": "other"}))
+    tuned = tuple(one for one in comparison.variants if one.kind != "base")
+    found = effect(comparison.model_copy(update={"variants": tuned, "scores": two}))
+    assert found is not None
+    assert found.answer == "alone"

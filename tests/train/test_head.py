@@ -10,9 +10,10 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
-    import transformers
 
 from tunesmith.train.head import is_plain_head, nats_of
+
+from .test_batches import tiny
 
 
 @pytest.mark.parametrize("tokens", [1, 128, 300])
@@ -33,26 +34,15 @@ def test_loss_and_gradient_are_those_of_a_float64_computation(tokens: int) -> No
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
-def tiny(name: str, **changes: Any) -> Any:
-    """A random model of an architecture, its weights frozen."""
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    heads = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = transformers.AutoConfig.for_model(name, **{**sizes, **heads, **changes})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+def frozen(name: str, **changes: Any) -> Any:
+    """A random model of one layer, its weights frozen."""
+    return tiny(name, **{"num_hidden_layers": 1, **changes}).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
 def test_plain_heads_are_recognised(name: str) -> None:
     """Their logits are the head's product; the model is left in the mode that it was in."""
-    model = tiny(name).train()
+    model = frozen(name).train()
     assert is_plain_head(model)
     assert model.training
 
@@ -67,11 +57,11 @@ def test_plain_heads_are_recognised(name: str) -> None:
 )
 def test_heads_whose_logits_are_changed_afterwards_are_recognised(name: str, changes: dict[str, Any]) -> None:
     """A soft cap, and two scales: their loss is another function, so all of it is computed."""
-    assert not is_plain_head(tiny(name, **changes))
+    assert not is_plain_head(frozen(name, **changes))
 
 
 def test_head_that_is_trained_is_not_taken_apart() -> None:
     """Its own gradient is wanted then."""
-    model = tiny("llama")
+    model = frozen("llama")
     model.get_output_embeddings().weight.requires_grad_(True)
     assert not is_plain_head(model)

@@ -357,3 +357,12 @@ def test_two_sources_of_held_out_rows_are_refused() -> None:
     assert problems(eval_dataset="e.jsonl", val_size=0.1) == (
         "eval_dataset and val_size both name held-out rows; leave one out",
     )
+
+
+@pytest.mark.parametrize("value", ["2023-99-99", "[", "0x"])
+def test_override_with_an_unreadable_value_is_named(tmp_path: Path, value: str) -> None:
+    """A date that there is not is no bug of ours."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: demo\ndataset: rows.jsonl\noutput_dir: out\n", encoding="utf-8")
+    with pytest.raises(RecipeError):
+        read_recipe(path, [f"learning_rate={value}"])

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 from fastapi import FastAPI
 
+import tunesmith as ts
 from tests.tiny_models import TinyRun, edit_json
 from tests.web.conftest import served
 from tunesmith.web import Settings
@@ -101,3 +102,14 @@ def tiny_root(tiny: TinyRun, root: Path) -> Path:
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     shutil.copytree(tiny.merged, root / "out" / "run-merged")
     return root
+
+
+def engine_of(served: Served) -> ts.Engine:
+    """The variants of a served tiny run, without the server."""
+    run = served.root / "out" / "run"
+    return ts.load_engine(run, ["base", "final", "10", str(run.parent / "run-merged")], dtype="fp32")[0]
+
+
+def said(engine: ts.Engine, variant: str, prompt: Any, **settings: Any) -> ts.Generation:
+    """What an engine answers."""
+    return engine.generate([ts.Request(variant, prompt)], ts.GenerationSettings(**settings))[0]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import tunesmith as ts
 from tests.tiny_models import TinyRun, chat, row
-from tests.web.live_server import Served, serve, tiny_root, until
+from tests.web.live_server import Served, engine_of, said, serve, tiny_root, until
 from tunesmith.cli.app import app as command_line
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -33,13 +33,7 @@ def served(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def engine(served: Served) -> ts.Engine:
     """The same variants without a server."""
-    run = served.root / "out" / "run"
-    return ts.load_engine(run, ["base", "final", "10", str(run.parent / "run-merged")], dtype="fp32")[0]
-
-
-def said(engine: ts.Engine, variant: str, prompt: Any, **settings: Any) -> ts.Generation:
-    """What the engine answers."""
-    return engine.generate([ts.Request(variant, prompt)], ts.GenerationSettings(**settings))[0]
+    return engine_of(served)
 
 
 def ask(served: Served, **body: Any) -> list[tuple[str, Any]]:

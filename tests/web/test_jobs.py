@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -498,3 +500,12 @@ def test_a_job_is_begun_listed_cancelled_and_forgotten_over_the_wire(desk: tuple
         assert gone.status == 404, (method, path)
         assert gone.error["error"] == "NotThereError"
     go.set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there has a thread a niceness of its own")
+def test_jobs_let_pages_and_answers_go_first(page: Page) -> None:
+    """Their thread is nicer than the server's, and so is every thread that it starts."""
+    page.done("merge", run="run", base="base", out="nice", dry_run=True)
+    (thread,) = [one for one in threading.enumerate() if one is page.app.state.jobs._thread]
+    assert thread.native_id is not None
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) > os.getpriority(os.PRIO_PROCESS, 0)

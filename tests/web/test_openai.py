@@ -14,7 +14,7 @@ import pytest
 
 import tunesmith as ts
 from tests.tiny_models import TinyRun, chat, row
-from tests.web.live_server import PLAIN, Served, serve, tiny_root, until
+from tests.web.live_server import PLAIN, Served, engine_of, said, serve, tiny_root, until
 from tunesmith.conversations import Text
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -39,13 +39,7 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def engine(served: Served) -> ts.Engine:
     """The same variants without a server."""
-    run = served.root / "out" / "run"
-    return ts.load_engine(run, ["base", "final", "10", str(run.parent / "run-merged")], dtype="fp32")[0]
-
-
-def said(engine: ts.Engine, variant: str, prompt: Any, **settings: Any) -> ts.Generation:
-    """What the engine answers."""
-    return engine.generate([ts.Request(variant, prompt)], ts.GenerationSettings(**settings))[0]
+    return engine_of(served)
 
 
 def test_models_are_the_variants(client: openai.OpenAI) -> None:

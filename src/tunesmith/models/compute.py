@@ -121,7 +121,7 @@ def avoid_cudnn_attention(device: str) -> None:
     """Have attention computed by torch's own kernels, in the whole process, where it would otherwise be cuDNN's.
 
     On Hopper and Blackwell GPUs torch asks cuDNN first, which builds a plan for every batch size and length that it has
-    not seen: one to two seconds each, and text has many lengths.
+    not seen, and text has many lengths.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; only CUDA devices have cuDNN.

@@ -22,6 +22,8 @@ _STAGE_KEYS = ("stage", "do_train", "finetuning_type")
 _PREDICTS = ("do_predict", "do_eval", "predict_with_generate")
 _RUNS_OWN = "training_args.yaml"
 _LORA_RANK = 8
+# What YAML's constructors raise at dates and numbers that there are not.
+_UNREADABLE = (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError)
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -346,7 +348,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     own = source.name == _RUNS_OWN and (source.parent / MANIFEST_NAME).is_file()
     home = source.parent.absolute()
     places = _placed({"dataset_dir": "data"} | values, [home] if own else [Path.cwd(), home])
-    given = _read_overrides(overrides)
+    given = read_overrides(overrides)
     places = {key: place for key, place in places.items() if key not in given} | _placed(given, [Path.cwd(), home])
     return _checked(values | given, places, source)
 
@@ -495,13 +497,18 @@ def _read_mapping(source: Path) -> dict[str, object]:
     return {str(key): value for key, value in document.items()}
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict[str, object]:
+def read_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    """Keys and values of ``key=value`` pairs, each value read as YAML.
+
+    Raises:
+        RecipeError: some are no such pairs; all of these are named.
+    """
     given, problems = {}, []
     for override in overrides:
         key, separator, text = override.partition("=")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, *_UNREADABLE):
             separator = ""
         if not separator or not key.strip():
             problems.append(f"{override!r} is not key=value")

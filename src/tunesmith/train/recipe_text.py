@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from tunesmith.errors import RecipeError
 from tunesmith.record import Part, Record, Value
 from tunesmith.train.keys import KeyUse, explain
-from tunesmith.train.recipe import Recipe
+from tunesmith.train.recipe import Recipe, read_overrides
 
 _MOST_VALUES = 5000
 _MOST_DEPTH = 16
@@ -79,11 +79,7 @@ def read_recipe_text(text: str, overrides: Sequence[str] = ()) -> RecipeText:
     document = _parsed(text)
     if not isinstance(document, dict):
         raise RecipeError("A recipe is a mapping of keys.", expected="key: value lines", found=type(document).__name__)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError("An override cannot be read.", expected="key=value", found=override)
-        document[key.strip()] = _parsed(value)
+    document |= read_overrides(overrides)
     budget = [_MOST_VALUES]
     values = {str(key): _plain(value, budget) for key, value in document.items()}
     try:
