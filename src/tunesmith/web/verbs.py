@@ -15,6 +15,7 @@ import tunesmith as ts
 from tunesmith.web import recipes
 from tunesmith.web.answers import RequestError, misfit_of
 from tunesmith.web.places import Places
+from tunesmith.web.workers import worker_processes
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -398,7 +399,8 @@ def _merge(params: MergeParams, places: Places, _: Desk) -> Work:
         plan = ts.plan_merge(run, out, base=base, **asked, force=force, progress=job.progress)
         if params.dry_run:
             return plan
-        return ts.merge(plan, progress=job.progress, cancellation=job.cancellation)
+        with worker_processes(plan.write_bytes) as executor:
+            return ts.merge(plan, executor=executor, progress=job.progress, cancellation=job.cancellation)
 
     line = command(
         "merge",
@@ -433,20 +435,22 @@ def _verify(params: VerifyParams, places: Places, _: Desk) -> Work:
         level=levels,
         prompts=_shown(places, prompts),
     )
-    return Work(
-        command=line,
-        call=lambda job: ts.verify(
-            run,
-            directory,
-            base=base,
-            **asked,
-            levels=levels,
-            prompts=prompts,
-            progress=job.progress,
-            cancellation=job.cancellation,
-        ),
-        result=_judged,
-    )
+
+    def call(job: Reporter) -> Any:
+        with worker_processes(_bytes_of(directory)) as executor:
+            return ts.verify(
+                run,
+                directory,
+                base=base,
+                **asked,
+                executor=executor,
+                levels=levels,
+                prompts=prompts,
+                progress=job.progress,
+                cancellation=job.cancellation,
+            )
+
+    return Work(command=line, call=call, result=_judged)
 
 
 def _report(params: ReportParams, places: Places, desk: Desk) -> Work:
@@ -602,6 +606,10 @@ def _maybe(places: Places, path: str | None) -> str | None:
 
 def _shown(places: Places, path: str | None) -> str | None:
     return None if path is None else places.shown(path)
+
+
+def _bytes_of(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
 
 
 def _is_occupied(folder: Path) -> bool:
