@@ -1,4 +1,4 @@
-"""Merges and proofs compute in processes of their own: the same bytes, niced, cancelled as before, gone with the page."""
+"""Merges and proofs compute in processes of their own: the same bytes, cancelled as before, gone with the page."""
 
 from __future__ import annotations
 
