@@ -19,24 +19,26 @@ from tunesmith.web import Settings
 
 NAMES = [
     "AdapterFacts", "BlindVote", "Cancellation", "Cancelled", "Candidate", "Capabilities", "ChatTurn",
-    "CheckpointChoice", "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Engine", "Estimate",
-    "Evaluation", "Figure", "Finding", "Forecast", "Generation", "GenerationSettings", "Health", "Inspection",
-    "KindFacts", "LANGUAGES", "Marks", "Measure", "MergePlan", "Merged", "Message", "MissingExtraError", "ModuleFacts",
-    "Progress", "Recheck", "RecipeKey", "RecipeText", "RenderedPrompt", "Reply", "Report", "Request", "RowPreview",
+    "CheckpointChoice", "Cleaned", "Cleanup", "Comparison", "Conversation", "DemoResult", "Drift", "DriftRow", "Engine",
+    "Estimate", "Evaluation", "Figure", "Finding", "Forecast", "Generation", "GenerationSettings", "GgufExport",
+    "GgufOutcome", "GgufVerdict", "Health", "Inspection", "KindFacts", "LANGUAGES", "Marks", "Measure", "MergePlan",
+    "Merged", "Message", "MissingExtraError", "ModuleFacts", "Progress", "PushPlan", "Pushed", "QuantizationPlan",
+    "Quantized", "Recheck", "RecipeKey", "RecipeText", "RenderedPrompt", "Reply", "Report", "Request", "RowPreview",
     "Run", "RunFile", "TokenChance", "TrainingPlan", "TunesmithError", "VariantInfo", "Verdict", "VoteFile", "Voting",
-    "__version__", "apply_cleanup", "attached_variant", "checkpoints", "compare", "compute_dtype", "continue_tokens",
-    "demo", "doctor", "evaluate", "evaluation_markdown", "filtered", "finding_text", "heatmap_spec", "inspect",
-    "load_engine", "loss_spec", "marks_of", "merge", "open_run", "output_file", "plan_cleanup", "plan_merge",
-    "plan_training", "preview_row", "read_conversations", "read_recipe", "recheck", "recipe_keys", "rendered_prompt",
-    "report", "similarity", "templates", "text", "to_csv", "to_markdown", "token_chances", "token_texts", "train",
-    "training_log", "verdict_sentence", "verify", "word_diff", "write_comparison", "write_evaluation",
-    "write_inspection", "write_recipe",
+    "__version__", "apply_cleanup", "attached_variant", "checkpoints", "compare", "compare_schemes", "compute_dtype",
+    "continue_tokens", "demo", "doctor", "drift", "drift_spec", "evaluate", "evaluation_markdown", "filtered",
+    "finding_text", "heatmap_spec", "inspect", "load_engine", "loss_spec", "marks_of", "merge", "open_run",
+    "output_file", "plan_cleanup", "plan_merge", "plan_push", "plan_quantization", "plan_training", "preview_row",
+    "push", "quantize", "read_conversations", "read_recipe", "recheck", "recipe_keys", "rendered_prompt", "report",
+    "similarity", "templates", "text", "to_csv", "to_markdown", "token_chances", "token_texts", "train", "training_log",
+    "verdict_sentence", "verify", "verify_gguf", "word_diff", "write_comparison", "write_drift", "write_evaluation",
+    "write_gguf", "write_inspection", "write_recipe",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 
 # What an option of the command line is called in the library, where that differs.
-RENAMED = {("verify", "level"): "levels"}
+RENAMED = {("gguf", "level"): "levels", ("gguf", "type_name"): "type", ("verify", "level"): "levels"}
 
 # Options whose default the library does not hold, each with its reason.
 CLI_ONLY = {
@@ -50,7 +52,11 @@ CLI_ONLY = {
     ("compare", "only"): "the library's filtered",
     ("compare", "out"): "the library returns the record",
     ("compare", "vote"): "votes are asked of a person",
+    ("drift", "out"): "the library returns the record",
     ("evaluate", "out"): "the library returns the record",
+    ("gguf", "check"): "what the library's verify_gguf is given",
+    ("gguf", "out"): "required in the library; with --check nothing is written",
+    ("gguf", "verify"): "the library's verify_gguf",
     ("inspect", "apply"): "the library's apply_cleanup",
     ("inspect", "cleanup"): "the library's plan_cleanup",
     ("inspect", "html"): "the library's write_inspection",
@@ -58,7 +64,11 @@ CLI_ONLY = {
     ("merge", "dry_run"): "the library's plan_merge alone",
     ("merge", "out"): "required in both",
     ("merge", "record"): "the library returns the record",
+    ("push", "dry_run"): "the library's plan_push alone",
     ("train", "dry_run"): "the library's plan_training",
+    ("quantize", "compare"): "the library's compare_schemes",
+    ("quantize", "dry_run"): "the library's plan_quantization alone",
+    ("quantize", "out"): "required in the library; a person may compare instead",
     ("report", "out"): "required in the library; a person may leave it out",
     ("web", "open_browser"): "a browser is opened for a person",
     ("web", "port"): "where none is given the next free one is taken",
@@ -75,7 +85,13 @@ def library_defaults(verb: str) -> dict[str, Any]:
     """The defaults of what a verb calls."""
     if verb == "web":
         return {name: field.default for name, field in Settings.model_fields.items()}
-    other = {"merge": (ts.plan_merge, ts.merge), "chat": (ts.load_engine,)}
+    other = {
+        "gguf": (ts.write_gguf, ts.verify_gguf),
+        "merge": (ts.plan_merge, ts.merge),
+        "quantize": (ts.compare_schemes, ts.plan_quantization, ts.quantize),
+        "chat": (ts.load_engine,),
+        "push": (ts.plan_push, ts.push),
+    }
     calls = other[verb] if verb in other else (getattr(ts, verb),)
     defaults = {
         name: parameter.default

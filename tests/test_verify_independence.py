@@ -13,7 +13,7 @@ import pytest
 
 from tests.sabotage.workshop import Workshop, check, make_workshop, tunesmith_merge
 from tunesmith.checkpoint import Array, Float64
-from tunesmith.merge import tiles, work
+from tunesmith.merge import exact, tiles
 from tunesmith.verify import records
 
 VERIFY = Path(records.__file__).parent
@@ -53,12 +53,12 @@ def test_importing_verify_does_not_bring_merge_in() -> None:
 
 def test_a_wrong_scaling_in_merge_is_noticed(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake that a shared helper would hide."""
-    right = work._delta
+    right = exact._delta
 
     def wrong(*args: Any, **kwargs: Any) -> Float64:
         return right(*args, **kwargs) / 2
 
-    monkeypatch.setattr(work, "_delta", wrong)
+    monkeypatch.setattr(exact, "_delta", wrong)
     verdict = check(shop.run, tunesmith_merge(shop.run, shop.base, tmp_path / "merged"), shop.base)
     assert verdict.answer == "different"
     assert verdict.causes[0].code == "cause_scaling_ignored"

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tunesmith.api.comparing import checkpoints as checkpoints
     from tunesmith.api.comparing import compare as compare
     from tunesmith.api.comparing import write_comparison as write_comparison
+    from tunesmith.api.drifting import compare_schemes as compare_schemes
+    from tunesmith.api.drifting import drift as drift
+    from tunesmith.api.drifting import write_drift as write_drift
     from tunesmith.api.engines import ChatTurn as ChatTurn
     from tunesmith.api.engines import attached_variant as attached_variant
     from tunesmith.api.engines import compute_dtype as compute_dtype
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from tunesmith.api.engines import rendered_prompt as rendered_prompt
     from tunesmith.api.evaluating import evaluate as evaluate
     from tunesmith.api.evaluating import write_evaluation as write_evaluation
+    from tunesmith.api.gguf import GgufOutcome as GgufOutcome
+    from tunesmith.api.gguf import verify_gguf as verify_gguf
+    from tunesmith.api.gguf import write_gguf as write_gguf
     from tunesmith.api.inspecting import Inspection as Inspection
     from tunesmith.api.inspecting import inspect as inspect
     from tunesmith.api.inspecting import write_inspection as write_inspection
@@ -40,6 +46,9 @@ if TYPE_CHECKING:
     from tunesmith.api.likelihoods import token_texts as token_texts
     from tunesmith.api.merging import merge as merge
     from tunesmith.api.places import output_file as output_file
+    from tunesmith.api.pushing import plan_push as plan_push
+    from tunesmith.api.pushing import push as push
+    from tunesmith.api.quantizing import quantize as quantize
     from tunesmith.api.reporting import Report as Report
     from tunesmith.api.reporting import report as report
     from tunesmith.api.training import plan_training as plan_training
@@ -55,6 +64,8 @@ if TYPE_CHECKING:
     from tunesmith.compare import Candidate as Candidate
     from tunesmith.compare import CheckpointChoice as CheckpointChoice
     from tunesmith.compare import Comparison as Comparison
+    from tunesmith.compare import Drift as Drift
+    from tunesmith.compare import DriftRow as DriftRow
     from tunesmith.compare import Estimate as Estimate
     from tunesmith.compare import Evaluation as Evaluation
     from tunesmith.compare import Figure as Figure
@@ -80,6 +91,12 @@ if TYPE_CHECKING:
     from tunesmith.errors import Cancelled as Cancelled
     from tunesmith.errors import MissingExtraError as MissingExtraError
     from tunesmith.errors import TunesmithError as TunesmithError
+    from tunesmith.export.gguf import GgufExport as GgufExport
+    from tunesmith.export.push import Pushed as Pushed
+    from tunesmith.export.push import PushPlan as PushPlan
+    from tunesmith.export.quantize import QuantizationPlan as QuantizationPlan
+    from tunesmith.export.quantize import Quantized as Quantized
+    from tunesmith.export.quantize import plan_quantization as plan_quantization
     from tunesmith.merge import Forecast as Forecast
     from tunesmith.merge import Merged as Merged
     from tunesmith.merge import MergePlan as MergePlan
@@ -94,6 +111,7 @@ if TYPE_CHECKING:
     from tunesmith.progress import Progress as Progress
     from tunesmith.record import Finding as Finding
     from tunesmith.report import LANGUAGES as LANGUAGES
+    from tunesmith.report import drift_spec as drift_spec
     from tunesmith.report import evaluation_markdown as evaluation_markdown
     from tunesmith.report import finding_text as finding_text
     from tunesmith.report import heatmap_spec as heatmap_spec
@@ -114,6 +132,7 @@ if TYPE_CHECKING:
     from tunesmith.train import TrainingPlan as TrainingPlan
     from tunesmith.verify import Recheck as Recheck
     from tunesmith.verify import Verdict as Verdict
+    from tunesmith.verify.gguf import GgufVerdict as GgufVerdict
 
 __version__ = "0.1.0"
 
@@ -131,6 +150,8 @@ _HOME = {
     "Comparison": "compare",
     "Conversation": "conversations",
     "DemoResult": "demo",
+    "Drift": "compare",
+    "DriftRow": "compare",
     "Engine": "models",
     "Estimate": "compare",
     "Evaluation": "compare",
@@ -139,6 +160,9 @@ _HOME = {
     "Forecast": "merge",
     "Generation": "models",
     "GenerationSettings": "models",
+    "GgufExport": "export.gguf",
+    "GgufOutcome": "api.gguf",
+    "GgufVerdict": "verify.gguf",
     "Health": "doctor",
     "Inspection": "api.inspecting",
     "KindFacts": "adapter",
@@ -151,6 +175,10 @@ _HOME = {
     "MissingExtraError": "errors",
     "ModuleFacts": "adapter",
     "Progress": "progress",
+    "PushPlan": "export.push",
+    "Pushed": "export.push",
+    "QuantizationPlan": "export.quantize",
+    "Quantized": "export.quantize",
     "Recheck": "verify",
     "RecipeKey": "train",
     "RecipeText": "train",
@@ -172,10 +200,13 @@ _HOME = {
     "attached_variant": "api.engines",
     "checkpoints": "api.comparing",
     "compare": "api.comparing",
+    "compare_schemes": "api.drifting",
     "compute_dtype": "api.engines",
     "continue_tokens": "api.likelihoods",
     "demo": "demo",
     "doctor": "doctor",
+    "drift": "api.drifting",
+    "drift_spec": "report",
     "evaluate": "api.evaluating",
     "evaluation_markdown": "report",
     "filtered": "compare",
@@ -190,8 +221,12 @@ _HOME = {
     "output_file": "api.places",
     "plan_cleanup": "runs",
     "plan_merge": "merge",
+    "plan_push": "api.pushing",
+    "plan_quantization": "export.quantize",
     "plan_training": "api.training",
     "preview_row": "api.training",
+    "push": "api.pushing",
+    "quantize": "api.quantizing",
     "read_conversations": "conversations",
     "read_recipe": "api.training",
     "recheck": "api.verifying",
@@ -209,9 +244,12 @@ _HOME = {
     "training_log": "runs",
     "verdict_sentence": "api.verifying",
     "verify": "api.verifying",
+    "verify_gguf": "api.gguf",
     "word_diff": "compare",
     "write_comparison": "api.comparing",
+    "write_drift": "api.drifting",
     "write_evaluation": "api.evaluating",
+    "write_gguf": "api.gguf",
     "write_inspection": "api.inspecting",
     "write_recipe": "api.training",
 }

@@ -588,3 +588,17 @@ def test_relatives_in_the_hubs_cache_are_other_revisions_and_other_repositories(
     older = model_dir(tmp_path / "models--org--Small" / "snapshots" / ("b" * 40))
     tuned = model_dir(tmp_path / "models--org--Small-Instruct" / "snapshots" / ("c" * 40))
     assert relatives_of(base) == {f"org/Small@{'b' * 12}": older, f"org/Small-Instruct@{'c' * 12}": tuned}
+
+
+def test_the_embedded_tokenizer_cuts_numbers_into_digits(tmp_path: Path) -> None:
+    """As SmolLM2's own; a GGUF file keeps the name of that way, and reading one the merges alone."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer = Tokenizer(BPE({"1": 0, "2": 1, "12": 2}, [("1", "2")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("12").ids == [2]
+    embedded._cut_digits(tmp_path / "tokenizer.json")
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("12").ids == [0, 1]

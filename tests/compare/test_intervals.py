@@ -18,6 +18,8 @@ from tunesmith.compare.intervals import (
     mean_estimate,
     paired_proportions,
     proportion,
+    quantile_estimate,
+    quotient_estimate,
     ratio_estimate,
     verdict,
 )
@@ -26,6 +28,8 @@ TRIALS = 1500
 ROWS = 50
 # Three standard errors of a share of 95 % over that many trials, on top of the band that is promised, 93 to 97 %.
 SLACK = 3 * math.sqrt(0.05 * 0.95 / TRIALS)
+FEW = 120  # trials of what takes a search for each end
+SLACK_OF_FEW = 3 * math.sqrt(0.05 * 0.95 / FEW)
 Draw = Callable[[np.random.Generator], NDArray[np.float64]]
 
 
@@ -255,3 +259,61 @@ def test_a_verdict_is_what_the_interval_says(
 ) -> None:
     """Of a loss lower is better; of a length neither is."""
     assert verdict(Estimate(value=0.0, low=low, high=high), higher_is_better) == expected
+
+
+def test_quotient_is_fiellers_where_no_row_is_skewed() -> None:
+    """The roots of his parabola, where the means' interval is the plain t."""
+    half = np.random.default_rng(4).normal(0, 1, ROWS // 2)
+    above, below = 1.0 + np.concatenate([half, -half]), 2.0 + 0.3 * np.concatenate([half[::-1], -half[::-1]])
+    found = quotient_estimate(above, below)
+    factor = scipy.stats.t.ppf(0.975, ROWS - 1) ** 2 / ROWS
+    covariance = np.cov(above, below)
+    parabola = [
+        below.mean() ** 2 - factor * covariance[1, 1],
+        -2 * (above.mean() * below.mean() - factor * covariance[0, 1]),
+        above.mean() ** 2 - factor * covariance[0, 0],
+    ]
+    assert found.value == pytest.approx(above.sum() / below.sum())
+    assert ends(found) == pytest.approx(tuple(sorted(np.roots(parabola))), rel=1e-6)
+
+
+def test_quotient_of_what_may_be_nothing_has_no_interval() -> None:
+    """Whatever is divided by it."""
+    below = np.random.default_rng(4).normal(0.1, 1, ROWS)
+    assert quotient_estimate(np.ones(ROWS), below).low is None
+    assert quotient_estimate([1.0], [2.0]) == Estimate(value=0.5)
+    assert math.isnan(quotient_estimate([], []).value)
+    assert ends(quotient_estimate(below + 3, below + 3)) == pytest.approx((1.0, 1.0), abs=1e-12)
+    assert ends(quotient_estimate(np.zeros(ROWS), below + 3)) == pytest.approx((0.0, 0.0), abs=1e-12)
+
+
+def test_quotient_holds_the_truth() -> None:
+    """Of a skewed gain, of which a skewed, noisy part is kept."""
+
+    def once(rng: np.random.Generator) -> Estimate:
+        tokens = rng.integers(20, 200, ROWS)
+        below = tokens * rng.gamma(3, 0.2, ROWS)
+        return quotient_estimate(0.9 * below + tokens * (rng.exponential(0.1, ROWS) - 0.1), below)
+
+    assert share_held(0.9, once, trials=FEW) >= 0.93 - SLACK_OF_FEW
+
+
+def test_quantile_is_the_smallest_figure_that_the_share_does_not_exceed() -> None:
+    """Of all figures, whichever rows they are of."""
+    rows = [[5.0, 1.0], [4.0, 2.0, 3.0]]
+    assert [quantile_estimate(rows, share).value for share in (0.2, 0.21, 0.6, 0.99)] == [1.0, 2.0, 3.0, 5.0]
+    assert quantile_estimate([[1.0, 2.0]], 0.5) == Estimate(value=1.0)
+    assert math.isnan(quantile_estimate([], 0.5).value)
+    assert ends(quantile_estimate([[0.0, 0.0]] * 5, 0.99)) == (0.0, 0.0)
+    assert quantile_estimate([[1.0], [math.nan]], 0.5).low is None
+
+
+def test_quantile_holds_the_truth_though_a_rows_figures_resemble_each_other() -> None:
+    """The 99th percentile of lognormal figures whose rows differ as much as within."""
+
+    def once(rng: np.random.Generator) -> Estimate:
+        sizes = rng.integers(20, 120, ROWS)
+        return quantile_estimate([np.exp(rng.normal() / 2 + rng.normal(0, 1, n)) for n in sizes], 0.99)
+
+    truth = math.exp(scipy.stats.norm.ppf(0.99) * math.sqrt(1.25))
+    assert share_held(truth, once, trials=FEW) >= 0.93 - SLACK_OF_FEW

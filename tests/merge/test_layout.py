@@ -15,7 +15,7 @@ from tunesmith.adapter import Binding, Copied, Replaced, Stack
 from tunesmith.checkpoint import Checkpoint, read_header
 from tunesmith.errors import OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
-from tunesmith.merge.plan import _bytes
+from tunesmith.merge.plan import size_in_bytes
 
 NEW = Replaced(name="score", module="score", tensor="s")
 ADDED = Binding(updates=(NEW,), shapes={"score": (2, 8)})
@@ -187,11 +187,11 @@ def test_no_index_is_written_for_a_single_file(tmp_path: Path, adapter: Path) ->
 )
 def test_sizes_are_read_as_the_hub_writes_them(text: str | int, size: int) -> None:
     """GB is 10⁹ bytes, GiB is 2³⁰."""
-    assert _bytes(text) == size
+    assert size_in_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "-5GB", "0MB", "5 parsecs", 0, -1, "1e9GB"])
 def test_what_is_no_size_is_refused(text: str | int) -> None:
     """Rather than guessed."""
     with pytest.raises(OutputError, match="no size"):
-        _bytes(text)
+        size_in_bytes(text)

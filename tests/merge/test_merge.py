@@ -788,7 +788,7 @@ def test_changes_of_the_configuration_are_applied_by_dotted_key(tmp_path: Path, 
     plan = plan_merge(bench.runs["plain"], tmp_path / "out", base=str(base))
     changes = {"vocab_size": 7, "text_config.deep.key": "x", "labels": {"0": "a"}, "names": ("n",)}
     binding = plan.binding.model_copy(update={"config": changes})
-    config = json.loads(write._config(plan.model_copy(update={"binding": binding})))
+    config = json.loads(write.config_text(write.config_of(Path(plan.base), binding)))
     assert (config["vocab_size"], config["text_config"]["deep"]["key"]) == (7, "x")
     assert (config["labels"], config["names"]) == ({"0": "a"}, ["n"])
     assert config["hidden_size"] == 64

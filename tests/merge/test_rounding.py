@@ -18,7 +18,9 @@ from tunesmith.merge.rounding import (
     Bfloat16Grid,
     DenseHessian,
     Feedback,
+    Grid,
     Hessian,
+    Indices,
     LowRankHessian,
     Stochastic,
     round_once,
@@ -32,6 +34,14 @@ BF16 = Bfloat16Grid()
 
 class Integers:
     """The whole numbers, as quantized formats have them: the grid is a parameter."""
+
+    def at(self, columns: Indices) -> Grid:  # noqa: ARG002 - the same everywhere
+        """As the protocol says."""
+        return self
+
+    def row(self, place: int) -> Grid:  # noqa: ARG002 - the same everywhere
+        """As the protocol says."""
+        return self
 
     def bracket(self, values: Float64) -> tuple[Float64, Float64, Float64]:
         """As the protocol says; ties go up."""

@@ -272,7 +272,8 @@ def test_ctrl_c_ends_work_that_does_not_stop(tmp_path: Path) -> None:
     code = (
         "import sys, threading, time\n"
         "from tunesmith.web import verbs, jobs\n"
-        "from tunesmith.web.verbs import CleanupParams, Verb, Work\n"
+        "from tunesmith.web.verbs import CleanupParams\n"
+        "from tunesmith.web.work import Verb, Work\n"
         "verbs.VERBS = jobs.VERBS = {'cleanup': Verb(CleanupParams, lambda *_: Work('x', lambda _: time.sleep(60),"
         " needs_model=False))}\n"
         "from tunesmith.web import app\n"

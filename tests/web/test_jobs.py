@@ -24,7 +24,8 @@ from tunesmith.web import jobs as jobs_module
 from tunesmith.web.jobs import KEPT_JOBS, MOST_QUEUED, Job, Jobs, Rate
 from tunesmith.web.live import Busy, ModelSlot
 from tunesmith.web.places import Places
-from tunesmith.web.verbs import CleanupParams, Verb, Work
+from tunesmith.web.verbs import CleanupParams
+from tunesmith.web.work import Verb, Work
 
 
 class Workbench:

@@ -101,7 +101,9 @@ def test_a_run_is_inspected_by_the_librarys_own_record(page: Page) -> None:
     assert told["charts"]["heatmap"]["layer"]
     assert told["cleanup"]["files"] == []
     assert told["command"] == "tunesmith inspect run --base base"
-    assert told["merged"] == [{"path": "run-merged", "certificate": None, "checkpoints": []}]
+    about = {"kind": "model", "scheme": None, "certificate": None, "checkpoints": []}
+    assert told["merged"] == [{"path": "run-merged", **about}]
+    assert told["gguf"] == []
 
 
 def test_pictures_speak_the_language_that_is_asked_for(page: Page) -> None:
@@ -155,7 +157,8 @@ def test_a_certificate_names_its_run_and_verdict(own_root: Path) -> None:
         return page.get(RUN).json["merged"]
 
     with served(Settings(root=own_root)) as page:
-        assert written("run") == [{"path": "run-merged", "certificate": "identical", "checkpoints": ["final"]}]
+        about = {"certificate": "identical", "checkpoints": ["final"], "kind": "model", "scheme": None}
+        assert written("run") == [{"path": "run-merged", **about}]
         assert written("another") == []
         for broken in ("", "[]", '{"predicate": 3}', "[" * 100_000):
             write(broken)

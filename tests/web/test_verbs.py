@@ -17,7 +17,8 @@ from tunesmith.cli.app import app as command_line
 from tunesmith.web import Settings
 from tunesmith.web.jobs import Kind
 from tunesmith.web.places import Places
-from tunesmith.web.verbs import VERBS, Desk, Work, command, defaults_of, typed_prompts
+from tunesmith.web.verbs import VERBS, typed_prompts
+from tunesmith.web.work import Desk, Work, command, defaults_of
 
 RECIPE = """\
 # a comment
@@ -82,6 +83,61 @@ def test_every_kind_is_known_to_the_door() -> None:
             {"run": "run", "out": "new", "dtype": "auto", "rounding": "nearest", "shard_size": "5GB", "dry_run": True},
             "tunesmith merge run --out new --rounding nearest --shard-size 5GB --dry-run",
         ),
+        ("quantize", {"run": "run", "out": "new"}, "tunesmith quantize run --out new"),
+        (
+            "quantize",
+            {"directory": "run-merged", "out": "new", "scheme": "int8", "rounding": "auto", "dry_run": True},
+            "tunesmith quantize run-merged --out new --scheme int8 --dry-run",
+        ),
+        (
+            "drift",
+            {"run": "run", "schemes": ["int8", "int4:32"], "rounding": "nearest", "max_rows": 4, "data": "rows.jsonl"},
+            "tunesmith quantize run --compare int8,int4:32 --data rows.jsonl --max-rows 4 --rounding nearest",
+        ),
+        (
+            "drift",
+            {"run": "run", "base": "base", "directories": ["run-merged"]},
+            "tunesmith drift run run-merged --base base",
+        ),
+        (
+            "gguf",
+            {"directory": "run-merged", "out": "m.gguf", "type": "q8_0", "ollama": True, "verify": False},
+            "tunesmith gguf run-merged --out m.gguf --type q8_0 --ollama --no-verify",
+        ),
+        (
+            "gguf",
+            {"run": "run", "adapter_only": True, "base": "base", "out": "lora.gguf"},
+            "tunesmith gguf run --out lora.gguf --adapter-only --base base",
+        ),
+        (
+            "verify_gguf",
+            {"directory": "run-merged", "file": "rows.jsonl", "levels": ["weights"]},
+            "tunesmith gguf run-merged --check rows.jsonl --level weights",
+        ),
+        (
+            "push",
+            {
+                "directory": "run-merged",
+                "repo_id": "me/x",
+                "private": True,
+                "licence": "mit",
+                "run": "run",
+                "dry_run": True,
+            },
+            "tunesmith push run-merged me/x --private --license mit --run run --dry-run",
+        ),
+        (
+            "push",
+            {
+                "directory": "run",
+                "repo_id": "me/x",
+                "to": "modelscope",
+                "card_text": "x",
+                "data": "a b",
+                "dry_run": True,
+            },
+            "tunesmith push run me/x --to modelscope --data 'a b' --card card.md --dry-run",
+        ),
         ("verify", {"run": "run", "directory": "run-merged"}, "tunesmith verify run run-merged"),
         (
             "verify",
@@ -125,12 +181,15 @@ def test_a_command_quotes_what_a_shell_would_take_apart() -> None:
 def test_parameters_have_the_librarys_names_and_no_defaults_of_their_own(kind: str) -> None:
     """What is not given is left to the library; what is named is one of its parameters, or explained."""
     functions = {
-        "plan_training": ts.plan_training, "merge": ts.plan_merge, "cleanup": ts.apply_cleanup,
+        "merge": [ts.plan_merge], "cleanup": [ts.apply_cleanup], "quantize": [ts.plan_quantization],
+        "drift": [ts.drift, ts.compare_schemes], "gguf": [ts.write_gguf], "push": [ts.plan_push],
     }  # fmt: skip
-    names = set(inspect.signature(functions.get(kind) or getattr(ts, kind)).parameters)
+    does = functions.get(kind) or [getattr(ts, kind)]
+    names = {name for function in does for name in inspect.signature(function).parameters}
     ours = {
         "recipe_text", "recipe_path", "overwrite_recipe", "run", "directory", "prompts_text", "prompts_file",
-        "comparison_job", "verdict_job", "evaluation_job", "choice_job", "dry_run", "apply",
+        "comparison_job", "verdict_job", "evaluation_job", "choice_job", "dry_run", "apply", "rounding", "verify",
+        "card_text", "plan_job",
     }  # fmt: skip
     for name, field in VERBS[kind].params.model_fields.items():
         assert name in names | ours, name
@@ -169,6 +228,18 @@ OUTSIDE = ["../secret", "/etc/passwd", "~/x", "link/x"]
         ("evaluate", {"run": "run"}, "variants"),
         ("evaluate", {"run": "run"}, "data"),
         ("merge", {"run": "run"}, "out"),
+        ("quantize", {"run": "run"}, "out"),
+        ("quantize", {"out": "x"}, "directory"),
+        ("quantize", {"run": "run", "out": "x"}, "calibration"),
+        ("drift", {"run": "run"}, "directories"),
+        ("drift", {"run": "run", "schemes": ["int8"]}, "data"),
+        ("gguf", {"directory": "run-merged"}, "out"),
+        ("gguf", {"out": "x.gguf"}, "directory"),
+        ("verify_gguf", {"directory": "run-merged"}, "file"),
+        ("verify_gguf", {"file": "rows.jsonl"}, "directory"),
+        ("push", {"repo_id": "me/x", "dry_run": True}, "directory"),
+        ("push", {"directory": "run", "repo_id": "me/x", "dry_run": True}, "card"),
+        ("push", {"directory": "run", "repo_id": "me/x", "dry_run": True}, "model"),
         ("verify", {"run": "run"}, "directory"),
         ("verify", {"run": "run", "directory": "run-merged"}, "prompts_file"),
         ("report", {"run": "run"}, "merged"),
@@ -183,7 +254,7 @@ def test_no_parameter_leads_out_of_the_root(
 ) -> None:
     """Told when the job is asked for, before anything is read or written."""
     lead_out(page, tmp_path)
-    value: Any = [path] if field == "variants" else path
+    value: Any = [path] if field in ("variants", "directories") else path
     answer = page.post("/api/v1/jobs", {"kind": kind, "params": {**params, field: value}})
     assert answer.status == 400, answer.body
     assert answer.error["error"] == "TunesmithError"
@@ -243,6 +314,18 @@ def test_a_run_that_was_handed_over_does_not_train_elsewhere(own_root: Path, tmp
         ("compare", {"run": "run", "settings": {"trust_remote_code": True}}, "trust_remote_code"),
         ("compare", {"run": "run", "prompts_text": " \n "}, "prompt"),
         ("compare", {"run": "run", "prompts_text": "a", "prompts_file": "prompts.txt"}, "leave one out"),
+        ("quantize", {"out": "x"}, "run, directory"),
+        ("quantize", {"run": "run", "directory": "run-merged", "out": "x"}, "run, directory"),
+        ("drift", {"run": "run"}, "schemes"),
+        ("drift", {"run": "run", "schemes": ["int8"], "directories": ["run-merged"]}, "schemes"),
+        ("drift", {"run": "run", "directories": ["run-merged"], "rounding": "nearest"}, "rounding"),
+        ("drift", {"run": "run", "schemes": ["int8"], "max_rows": 1}, "max_rows"),
+        ("gguf", {"run": "run", "out": "x.gguf"}, "adapter_only"),
+        ("gguf", {"directory": "run-merged", "adapter_only": True, "out": "x.gguf"}, "adapter_only"),
+        ("push", {"directory": "run", "repo_id": "me/x"}, "dry run"),
+        ("push", {"directory": "run", "repo_id": "me/x", "endpoint": "http://10.0.0.1", "dry_run": True}, "endpoint"),
+        ("push", {"directory": "run", "repo_id": "me/x", "token": "hf_x", "dry_run": True}, "token"),
+        ("push", {"directory": "run", "repo_id": "me/x", "card": "rows.jsonl", "card_text": "x"}, "leave one out"),
         ("verify", {"run": "run", "directory": "run-merged", "levels": ["soul"]}, "levels"),
         ("train", {}, "recipe"),
         ("train", {"recipe_text": RECIPE, "run": "run"}, "recipe"),

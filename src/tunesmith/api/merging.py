@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.adapter import LowRank
 from tunesmith.allocator import give_memory_back
@@ -16,11 +18,13 @@ from tunesmith.conversations import read_conversations
 from tunesmith.errors import BaseModelError
 from tunesmith.merge import CALIBRATED, Merged, MergePlan
 from tunesmith.merge import merge as merge_weights
-from tunesmith.models import VariantSet, encode_calibration_rows, record_inputs, write_calibration_text
+from tunesmith.models import BASE, VariantSet, encode_calibration_rows, record_inputs, write_calibration_text
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Finding
 from tunesmith.runs import FINAL, as_run, checkpoint_of, tokenizer_dir
 from tunesmith.verify import CertifiedMerge, Digest, Numerics, Origin, tool_versions, write_certificate
+
+_BROAD: dict[str, Any] = {"sequences": 24, "bare": 32, "tokens": 128, "temperature": 1.0}
 
 
 def merge(
@@ -117,31 +121,110 @@ def recorded_inputs(
     if plan.rounding not in CALIBRATED:
         yield None
         return
-    run, adapter = as_run(plan.run), plan.adapters[0].adapter
-    tokens = tokenizer_dir(run, checkpoint_of(run, plan.checkpoint), Path(plan.base))
-    if tokens is None:
-        raise BaseModelError("Neither the run nor the base holds a tokenizer.", where=run.path, found=plan.base)
-    rows = read_conversations(plan.calibration) if plan.calibration is not None else None
-    compute = compute_dtype("fp32")
-    variants = VariantSet.load(
-        plan.base,
-        adapters={FINAL: adapter},
-        tokenizer_dir=tokens,
-        dtype=compute.dtype,
-        device=compute.device,
+    modules = {update.module: None for update in plan.binding.updates if isinstance(update, LowRank)}
+    live = LiveModel(plan.base, plan.run, plan.checkpoint, plan.adapters[0].adapter)
+    with inputs_of(
+        live,
+        list(modules),
+        Path(plan.out),
+        rows=plan.calibration,
+        seed=plan.seed,
         progress=progress,
-    )
-    if rows is None:
+        cancellation=cancellation,
+    ) as folder:
+        yield folder
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model to record inputs in.
+
+    Attributes:
+        base: directory of the base, or of a model that comes alone.
+        run: the adapter's run; None for a model that comes alone.
+        checkpoint: which of the run's adapters.
+        adapter: the adapter's directory; None for a model that comes alone.
+    """
+
+    base: str
+    run: str | None = None
+    checkpoint: str = FINAL
+    adapter: str | None = None
+
+    @property
+    def variant(self) -> str:
+        """What the model is called among the variants."""
+        return FINAL if self.adapter is not None else BASE
+
+    def load(self, progress: ProgressCallback) -> VariantSet:
+        """Load it, in float32.
+
+        Raises:
+            BaseModelError: there is no tokenizer.
+            TunesmithError: it cannot be loaded.
+        """
+        tokens = Path(self.base)
+        if self.run is not None:
+            run = as_run(self.run)
+            found = tokenizer_dir(run, checkpoint_of(run, self.checkpoint), tokens)
+            if found is None:
+                raise BaseModelError("Neither the run nor the base holds a tokenizer.", where=run.path, found=self.base)
+            tokens = found
+        compute = compute_dtype("fp32")
+        return VariantSet.load(
+            self.base,
+            adapters={} if self.adapter is None else {FINAL: self.adapter},
+            tokenizer_dir=tokens,
+            dtype=compute.dtype,
+            device=compute.device,
+            progress=progress,
+        )
+
+
+@contextmanager
+def inputs_of(
+    live: LiveModel,
+    modules: Sequence[str],
+    out: Path,
+    *,
+    rows: str | None,
+    seed: int,
+    broad: bool = False,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+) -> Iterator[Path]:
+    """What some modules are given in a live model, in a folder that goes afterwards.
+
+    Args:
+        live: the model.
+        modules: the modules, as the live model names them.
+        out: the folder is made beside this.
+        rows: the user's file of rows to read; None for text that the model writes itself.
+        seed: of that text.
+        broad: let the text be of all that the model knows, not of its conversations alone: for a rounding that moves
+            every weight far.
+        progress: told of what is loaded, written and read.
+        cancellation: read between tokens and batches.
+
+    Yields:
+        The folder.
+
+    Raises:
+        TunesmithError: the model cannot be loaded, or there is nothing to calibrate on.
+    """
+    given = read_conversations(rows) if rows is not None else None
+    variants = live.load(progress)
+    name = live.variant
+    if given is None:
         sequences = write_calibration_text(
-            variants, FINAL, seed=plan.seed, progress=progress, cancellation=cancellation
+            variants, name, seed=seed, **(_BROAD if broad else {}), progress=progress, cancellation=cancellation
         )
     else:
-        sequences = encode_calibration_rows(variants, FINAL, rows)
-    modules = {update.module: None for update in plan.binding.updates if isinstance(update, LowRank)}
-    folder = Path(plan.out).with_name(f".{Path(plan.out).name}.inputs")
-    shutil.rmtree(folder, ignore_errors=True)  # a killed merge may have left it
+        sequences = encode_calibration_rows(variants, name, given)
+    folder = out.with_name(f".{out.name}.inputs")
+    shutil.rmtree(folder, ignore_errors=True)  # a killed work may have left it
     try:
-        record_inputs(variants, FINAL, sequences, list(modules), folder, progress=progress, cancellation=cancellation)
+        record_inputs(variants, name, sequences, modules, folder, progress=progress, cancellation=cancellation)
         del variants
         give_memory_back()  # the rounding needs it
         yield folder

@@ -7,7 +7,7 @@ from tunesmith.api.comparing import compare
 from tunesmith.api.inspecting import inspect
 from tunesmith.api.places import StrPath, output_file, writing
 from tunesmith.api.verifying import verify
-from tunesmith.compare import CheckpointChoice, Comparison, Evaluation
+from tunesmith.compare import CheckpointChoice, Comparison, Drift, Evaluation
 from tunesmith.merge import Merged
 from tunesmith.models import BASE
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -27,6 +27,7 @@ class Report(Record):
         choice: which checkpoint to take, where that was asked.
         comparison: variants side by side.
         evaluation: what the tuning did, where that was asked.
+        drift: how far exports are from the live adapter, where that was asked.
         merged: the merge, where its record was at hand.
         verdict: the verification, where there is a merged model.
     """
@@ -37,6 +38,7 @@ class Report(Record):
     choice: CheckpointChoice | None = None
     comparison: Comparison
     evaluation: Evaluation | None = None
+    drift: Drift | None = None
     merged: Merged | None
     verdict: Verdict | None
 
@@ -51,6 +53,7 @@ def report(
     choice: CheckpointChoice | StrPath | None = None,
     comparison: Comparison | StrPath | None = None,
     evaluation: Evaluation | StrPath | None = None,
+    drift: Drift | StrPath | None = None,
     verdict: Verdict | StrPath | None = None,
     merge_record: StrPath | None = None,
     dtype: str = "auto",
@@ -68,6 +71,7 @@ def report(
         choice: what :func:`checkpoints` returned, or a file of it; None to leave it out.
         comparison: what :func:`compare` returned, or a file of it; None to compare now.
         evaluation: what :func:`evaluate` returned, or a file of it; None to leave it out.
+        drift: what :func:`drift` or :func:`compare_schemes` returned, or a file of it; None to leave it out.
         verdict: what :func:`verify` returned, or a file of it; None to verify now, where ``merged`` is given.
         merge_record: a file of what :func:`merge` returned, for the merge's own figures.
         dtype: of the comparison's arithmetic, where it is made now.
@@ -90,6 +94,8 @@ def report(
         comparison = Comparison.read(comparison)
     if evaluation is not None and not isinstance(evaluation, Evaluation):
         evaluation = Evaluation.read(evaluation)
+    if drift is not None and not isinstance(drift, Drift):
+        drift = Drift.read(drift)
     if verdict is not None and not isinstance(verdict, Verdict):
         verdict = Verdict.read(verdict)
     if verdict is None and merged is not None:
@@ -112,6 +118,7 @@ def report(
         choice=choice,
         comparison=comparison,
         evaluation=evaluation,
+        drift=drift,
         merged=merged if isinstance(merged, Merged) else None,
         verdict=verdict,
     )
@@ -125,6 +132,7 @@ def report(
             choice=choice,
             comparison=comparison,
             evaluation=evaluation,
+            drift=drift,
             merged=result.merged,
             verdict=verdict,
         )

@@ -10,6 +10,7 @@ from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import Prompts, StrPath, base_of, rows_of
 from tunesmith.checkpoint import view_of
 from tunesmith.errors import CheckpointError, DataError
+from tunesmith.export.quantize import Quantized
 from tunesmith.merge import Merged
 from tunesmith.models import dtype_name
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -22,7 +23,7 @@ from tunesmith.verify import verify as verify_merged
 
 def verify(
     run: Run | StrPath,
-    merged: Merged | StrPath,
+    merged: Merged | Quantized | StrPath,
     *,
     base: str | None = None,
     checkpoint: str | int = FINAL,
@@ -41,9 +42,13 @@ def verify(
 ) -> Verdict:
     """Prove that a merged model is its base plus its adapter, or its adapters, or say why it is not.
 
+    A model in the compressed-tensors format is held against the same numbers: every code is bounded by the one that it
+    stands for, and the adapter's update must stand out from the rounding's noise at its full strength.
+
     Args:
         run: a run, or its directory.
-        merged: the merged model's directory, by whatever tool, or what :func:`merge` returned.
+        merged: the merged or quantized model's directory, by whatever tool, or what :func:`merge` or
+            :func:`quantize` returned.
         base: the base model; None for the one that the adapter names.
         checkpoint: ``final``, ``checkpoint-N`` or ``N``; of ``run``.
         adapters: further runs, each with its weight, whose final adapters were summed with the first.
@@ -58,7 +63,8 @@ def verify(
         sample: only look at the first, the last and another tile of each tensor.  The answer is then ``different`` or
             ``not_verified``: what was not looked at may be anything.
         certificate: write ``tunesmith-certificate.json`` into the merged directory where the answer is identical or
-            equal within rounding, in the place of one that is there.  For any other answer nothing in it is touched.
+            equal within rounding or quantization, in the place of one that is there.  For any other answer nothing in
+            it is touched.
         executor: what recomputes the parts of the weights; None for a pool of threads, one a core.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
@@ -74,7 +80,7 @@ def verify(
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:
         raise DataError("There is no such level.", expected=", ".join(LEVELS), found=", ".join(unknown))
-    target = merged.path if isinstance(merged, Merged) else Path(merged)
+    target = merged.path if isinstance(merged, Merged | Quantized) else Path(merged)
     if not target.is_dir():
         raise CheckpointError(
             "The merged model is a file." if target.exists() else "The merged model is not there.",

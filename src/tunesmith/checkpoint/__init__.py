@@ -31,6 +31,14 @@ from tunesmith.checkpoint.publish import (
     write_at,
     write_error,
 )
+from tunesmith.checkpoint.quantized import (
+    QUANTIZED_METHOD,
+    Quantization,
+    QuantizedScheme,
+    QuantizedWeight,
+    StoredTensor,
+    quantization_of,
+)
 from tunesmith.checkpoint.tensors import (
     FLOAT_DTYPES,
     Array,
@@ -38,7 +46,7 @@ from tunesmith.checkpoint.tensors import (
     as_float64,
     stored_array,
 )
-from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind, view_of
+from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind, is_linear_weight, view_of
 
 __all__ = [
     "Array",
@@ -51,8 +59,13 @@ __all__ = [
     "Header",
     "INDEX_FILE",
     "SINGLE_FILE",
+    "QUANTIZED_METHOD",
+    "Quantization",
+    "QuantizedScheme",
+    "QuantizedWeight",
     "Sought",
     "Stage",
+    "StoredTensor",
     "TensorInfo",
     "TrailingHashes",
     "VIEW_KINDS",
@@ -68,10 +81,12 @@ __all__ = [
     "hub_snapshot",
     "is_file",
     "is_hub_id",
+    "is_linear_weight",
     "is_there",
     "listing_sha256",
     "locate_base",
     "open_regular",
+    "quantization_of",
     "read_header",
     "read_json_object",
     "read_rows",

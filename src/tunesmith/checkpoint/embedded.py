@@ -114,6 +114,19 @@ def _dequantize(gguf: Path, stage: Path, progress: ProgressCallback) -> None:
         file.chmod(0o666 & stage.stat().st_mode)  # transformers leaves weights readable by the owner alone
     _tidy(stage / "config.json", name="SmolLM2-135M-Instruct")
     _tidy(stage / "tokenizer_config.json", name=None)
+    _cut_digits(stage / "tokenizer.json")
+
+
+def _cut_digits(path: Path) -> None:
+    """Cut numbers into digits before anything else, as SmolLM2's own tokenizer does.
+
+    A GGUF file keeps the name of that way, ``smollm``, and transformers reads the merges alone.
+    """
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    known = tokenizer["pre_tokenizer"]
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, known]}
+    path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tidy(path: Path, *, name: str | None) -> None:

@@ -401,6 +401,14 @@ def _is_linear(checkpoint: Checkpoint, name: str, model_types: frozenset[str]) -
     return True if leaf in _LINEAR or leaf in here or _LINEAR_IN_SEQUENCE.search(module) else None
 
 
+def is_linear_weight(checkpoint: Checkpoint, name: str) -> bool | None:
+    """Whether a tensor is the weight of a Linear layer other than the output head; None where that cannot be told.
+
+    Told from names; embeddings, norms, biases, convolutions, the head and stacks of matrices are none.
+    """
+    return _is_linear(checkpoint, name, _model_types(checkpoint.config))
+
+
 def _check_kind_of_model(checkpoint: Checkpoint) -> None:
     model_types = _model_types(checkpoint.config)
     experts = sorted(name for name in checkpoint.tensors if "expert" in name or ".block_sparse_moe." in name)

@@ -18,7 +18,24 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from tunesmith.cli import chat, checkpoints, compare, demo, doctor, evaluate, inspect, merge, report, train, verify, web
+from tunesmith.cli import (
+    chat,
+    checkpoints,
+    compare,
+    demo,
+    doctor,
+    drift,
+    evaluate,
+    gguf,
+    inspect,
+    merge,
+    push,
+    quantize,
+    report,
+    train,
+    verify,
+    web,
+)
 
 # What a user can mend, wherever it strikes; any other OSError that escapes is our bug.
 _OUTSIDE = {
@@ -75,6 +92,10 @@ app.command()(evaluate.evaluate)
 app.command()(checkpoints.checkpoints)
 app.command()(merge.merge)
 app.command()(verify.verify)
+app.command()(gguf.gguf)
+app.command()(drift.drift)
+app.command()(quantize.quantize)
+app.command()(push.push)
 app.command()(report.report)
 app.command()(web.web)
 app.command()(doctor.doctor)

@@ -28,6 +28,7 @@ def report(
     evaluation: Annotated[
         Path | None, typer.Option("--evaluation", metavar="FILE.json", help="What evaluate --out wrote.")
     ] = None,
+    drift: Annotated[Path | None, typer.Option("--drift", metavar="FILE.json", help="What drift --out wrote.")] = None,
     verdict: Annotated[
         Path | None,
         typer.Option("--verdict", metavar="FILE.json", help="What verify --out wrote. Default: verify now, given DIR."),
@@ -52,6 +53,7 @@ def report(
             choice=choice,
             comparison=comparison,
             evaluation=evaluation,
+            drift=drift,
             verdict=verdict,
             merge_record=merge_record,
             dtype=dtype,

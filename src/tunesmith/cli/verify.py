@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
     from tunesmith.progress import ProgressCallback
 
-_EXIT_CODES = {"identical": 0, "equal_within_rounding": 0, "different": 3, "not_verified": 2}
-_STYLES = {"identical": "bold green", "equal_within_rounding": "bold green", "different": "bold red"}
+_GOOD = ("identical", "equal_within_rounding", "equal_within_quantization")
+_EXIT_CODES = {**dict.fromkeys(_GOOD, 0), "different": 3, "not_verified": 2}
+_STYLES = {**dict.fromkeys(_GOOD, "bold green"), "different": "bold red"}
 _STATUS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "skipped": "skipped"}
 _STATUS_STYLES = {"pass": "not bold green", "warn": "not bold yellow", "fail": "bold red", "skipped": "not bold dim"}
 _MARKS = {"ok": ("✓", "green"), "info": ("·", "dim"), "warning": ("!", "bold yellow"), "error": ("✗", "bold red")}
@@ -49,7 +50,8 @@ def verify(
         ),
     ] = None,
     merged: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="The merged model, by whatever tool.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="DIR", help="The merged or quantized model, by whatever tool.", show_default=False),
     ] = None,
     merged_dir: Annotated[
         Path | None,
@@ -258,7 +260,19 @@ def _worst_tensors(verdict: ts.Verdict) -> list[str]:
     """The tensors with the most that nothing explains, a line each."""
     bad = sorted((tensor for tensor in verdict.tensors if tensor.outside), key=lambda tensor: -tensor.outside)
     lines = [f"`{one.name}`: {one.outside:,} of {one.elements:,} unexplained" for one in bad[:_SHOWN_LINES]]
+    if verdict.quantized and not bad:
+        return _coarsest_tensors(verdict)
     return lines if len(bad) <= _SHOWN_LINES else [*lines, f"... and {len(bad) - _SHOWN_LINES:,} more"]
+
+
+def _coarsest_tensors(verdict: ts.Verdict) -> list[str]:
+    """The quantized tensors that lost most, a line each."""
+    worst = sorted(verdict.quantized, key=lambda tensor: -(tensor.relative_error or 0.0))[:_SHOWN_LINES]
+    return [
+        f"`{one.name}` ({one.scheme}): relative error {one.relative_error or 0.0:.1%}"
+        + (f", update {one.gain:.2f} ± {one.gain_error or 0.0:.2f}" if one.gain is not None else "")
+        for one in worst
+    ]
 
 
 def _partings(verdict: ts.Verdict) -> list[str]:

@@ -8,6 +8,8 @@ from tunesmith.compare.choice import (
     saved_adapters,
 )
 from tunesmith.compare.diff import Segment, similarity, word_diff
+from tunesmith.compare.drift import DriftTexts, Measured, check_same_tokens, drift_of, drift_texts, measure_drift
+from tunesmith.compare.drift_records import Departure, Drift, DriftModel, DriftRow
 from tunesmith.compare.evaluation import evaluate
 from tunesmith.compare.evaluation_records import Evaluation, Figure, Measure
 from tunesmith.compare.general import built_in_set
@@ -26,11 +28,17 @@ __all__ = [
     "Candidate",
     "CheckpointChoice",
     "Comparison",
+    "Departure",
+    "Drift",
+    "DriftModel",
+    "DriftRow",
+    "DriftTexts",
     "Estimate",
     "Evaluation",
     "Figure",
     "Marks",
     "Measure",
+    "Measured",
     "Reply",
     "RowLoss",
     "Score",
@@ -39,13 +47,17 @@ __all__ = [
     "VoteFile",
     "Voting",
     "built_in_set",
+    "check_same_tokens",
     "choose_checkpoint",
     "choose_from_record",
     "compare",
+    "drift_of",
+    "drift_texts",
     "evaluate",
     "filtered",
     "load_scorer",
     "marks_of",
+    "measure_drift",
     "saved_adapters",
     "similarity",
     "summarize",

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def layout_of(
     *,
     convert_to: str | None = None,
     shard_bytes: int | None = None,
+    instead: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]] | None = None,
 ) -> tuple[OutputFile, ...]:
     """Lay out the merged model.
 
@@ -82,22 +83,23 @@ def layout_of(
         convert_to: the dtype of every floating-point tensor; None for the base's own.
         shard_bytes: the size that no file of more than one tensor exceeds; None keeps the base's files, with the
             same header bytes wherever no tensor of a file changes its dtype or shape.
+        instead: by the name of a tensor, dtype and shape of those that it is stored as instead, by their names.
 
     Returns:
         The files in order.
     """
-    wanted = _wanted_tensors(base, binding, stack, convert_to)
+    wanted = _stored_as(_wanted_tensors(base, binding, stack, convert_to), instead or {})
     if shard_bytes is not None:
         groups = _split(wanted.values(), shard_bytes)
         names = _shard_names("model", len(groups)) if len(groups) > 1 else [SINGLE_FILE]
         metadata = _common_metadata(base)
         return tuple(_new_file(name, group, metadata) for name, group in zip(names, groups, strict=True))
     kept = {
-        filename: [wanted[name] for name in header.tensors if name in wanted]
+        filename: [one for name in header.tensors for one in wanted.get(name, ())]
         for filename, header in base.shards.items()
     }
     kept = {filename: tensors for filename, tensors in kept.items() if tensors}
-    fresh = [tensor for name, tensor in wanted.items() if name not in base.tensors]
+    fresh = [one for name, group in wanted.items() if name not in base.tensors for one in group]
     names = _renamed(base, list(kept), extra=bool(fresh))
     files = [
         _file_as_in_base(name, base.shards[filename], tensors)
@@ -142,6 +144,15 @@ def _wanted_tensors(base: Checkpoint, binding: Binding, stack: Stack, convert_to
     return wanted
 
 
+def _stored_as(
+    wanted: Mapping[str, _Wanted], instead: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]
+) -> dict[str, list[_Wanted]]:
+    return {
+        name: [_Wanted(other, *form) for other, form in instead[name].items()] if name in instead else [one]
+        for name, one in wanted.items()
+    }
+
+
 def _dtype_of_new(updates: Sequence[Update], base: Checkpoint, stack: Stack, usual: str) -> str:
     """As the base's tensor that it begins as; where it begins as the adapter's, what the base mostly uses."""
     for update in updates:
@@ -160,15 +171,17 @@ def _usual_dtype(base: Checkpoint) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def _split(tensors: Iterable[_Wanted], shard_bytes: int) -> list[list[_Wanted]]:
+def _split(tensors: Iterable[Sequence[_Wanted]], shard_bytes: int) -> list[list[_Wanted]]:
+    """Into files; what one tensor is stored as stays together."""
     groups: list[list[_Wanted]] = [[]]
     size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.size_bytes > shard_bytes:
+    for parts in tensors:
+        more = sum(part.size_bytes for part in parts)
+        if groups[-1] and size + more > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(tensor)
-        size += tensor.size_bytes
+        groups[-1] += parts
+        size += more
     return groups
 
 
@@ -206,7 +219,8 @@ def _free_name(base: Checkpoint) -> str:
 
 def _file_as_in_base(filename: str, header: Header, tensors: Sequence[_Wanted]) -> OutputFile:
     same = len(tensors) == len(header.tensors) and all(
-        (tensor.dtype, tensor.shape) == (header.tensors[tensor.name].dtype, header.tensors[tensor.name].shape)
+        tensor.name in header.tensors
+        and (tensor.dtype, tensor.shape) == (header.tensors[tensor.name].dtype, header.tensors[tensor.name].shape)
         for tensor in tensors
     )
     if not same:

@@ -91,7 +91,13 @@ def plan_merge(
         TunesmithError: any reason not to merge, all mismatches of a kind in one.
     """
     options = _Options(
-        _dtype(dtype), _bytes(shard_size), base_view, base_is_residual, seed, _calibration(calibration, rounding), force
+        _dtype(dtype),
+        size_in_bytes(shard_size),
+        base_view,
+        base_is_residual,
+        seed,
+        calibration_file(calibration, rounding),
+        force,
     )
     chosen = _chosen(run, checkpoint, weight=weight, adapters=adapters)
     first, first_checkpoint, _ = chosen[0]
@@ -140,7 +146,7 @@ def _planned(
     files = layout_of(model, binding, stack, convert_to=options.convert_to, shard_bytes=options.shard_bytes)
     index, shards = index_of(model, files), shards_of(files, model, binding, view=view)
     rounding, rounded, why = _rounding(asked, chosen, files, binding, options=options)
-    assets, warnings = _assets(chosen[0][0], chosen[0][1], model)
+    assets, warnings = assets_of(chosen[0][0], chosen[0][1], model)
     write_bytes = sum(file.size_bytes for file in files) + len((index or "").encode())
     write_bytes += sum(Path(asset.source).stat().st_size for asset in assets)
     free_bytes = check_free_space(target, write_bytes - done_bytes(target))
@@ -164,7 +170,12 @@ def _planned(
         free_bytes=free_bytes,
         memory_bytes=_memory(files, binding, feedback=rounding not in ("nearest", "stochastic")),
         seconds=_seconds(files, binding, rounding),
-        warnings=(*why, *binding.findings, *_quantized_training([run for run, _, _ in chosen], options), *warnings),
+        warnings=(
+            *why,
+            *binding.findings,
+            *quantized_training([run for run, _, _ in chosen], options.base_view),
+            *warnings,
+        ),
     )
 
 
@@ -232,7 +243,12 @@ def _rounding(
     return chosen_rounding, rounded, (Finding(code=code, severity="info", params=params),)
 
 
-def _bytes(size: str | int | None) -> int | None:
+def size_in_bytes(size: str | int | None) -> int | None:
+    """A size such as ``5GB``, ``500MB`` or ``2GiB`` as a number; None for none.
+
+    Raises:
+        OutputError: it is no size.
+    """
     if size is None:
         return None
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
@@ -245,7 +261,12 @@ def _bytes(size: str | int | None) -> int | None:
     return size
 
 
-def _calibration(file: str | os.PathLike[str] | None, rounding: str) -> str | None:
+def calibration_file(file: str | os.PathLike[str] | None, rounding: str) -> str | None:
+    """The absolute path of the rows for calibrated rounding; None for none.
+
+    Raises:
+        OutputError: the rounding that was asked for looks at no rows.
+    """
     if file is None:
         return None
     if rounding not in CALIBRATED:
@@ -263,34 +284,51 @@ def _stored_dtypes(files: Sequence[OutputFile], shards: Sequence[ShardPlan]) -> 
     return ", ".join(sorted({info.dtype for file in files for info in file.tensors if info.name in changed}))
 
 
-def _quantized_training(runs: Sequence[Run], options: _Options) -> list[Finding]:
-    """QLoRA trains on a rounded base; merging into the full one is another model than was trained."""
+def quantized_training(runs: Sequence[Run], base_view: str | None) -> list[Finding]:
+    """QLoRA trains on a rounded base; merging into the full one is another model than was trained.
+
+    Args:
+        runs: whose settings to look at.
+        base_view: how the base is seen; None for as it is stored.
+    """
     found = []
     for run in runs:
         for name in _QUANTIZED_SETTINGS:
             value = run.hyperparameters.get(name)
-            if value not in (None, False, "", 0, "none", "None") and options.base_view is None:
+            if value not in (None, False, "", 0, "none", "None") and base_view is None:
                 params = {"run": run.path, "setting": name, "value": value}
                 found.append(Finding(code="trained_on_quantized_base", severity="warning", params=params))
                 break
     return found
 
 
-def _assets(run: Run, checkpoint: RunCheckpoint, model: Checkpoint) -> tuple[tuple[Asset, ...], list[Finding]]:
-    """Small files: the tokenizer whole from one place (the run, where it has one), the rest from the base."""
+def assets_of(
+    run: Run | None, checkpoint: RunCheckpoint | None, model: Checkpoint
+) -> tuple[tuple[Asset, ...], list[Finding]]:
+    """Small files: the tokenizer whole from one place (the run, where it has one), the rest from the base.
+
+    Args:
+        run: the run; None for a model that comes alone.
+        checkpoint: which of its adapters; None without a run.
+        model: the base.
+
+    Returns:
+        The files, and what the user should know of them.
+    """
     warnings = []
-    holder = tokenizer_dir(run, checkpoint, model.path)
+    alone = run is None or checkpoint is None
+    holder = model.path if run is None or checkpoint is None else tokenizer_dir(run, checkpoint, model.path)
     if holder is None:
         warnings.append(Finding(code="no_tokenizer_anywhere", severity="warning"))
-    elif holder == model.path:
+    elif holder == model.path and not alone:
         warnings.append(Finding(code="tokenizer_from_base", severity="warning"))
     assets = [
         Asset(filename=name, source=str(holder / name), origin="base" if holder == model.path else "run")
         for name in TOKENIZER_FILES
         if holder and (holder / name).is_file()
     ]
-    own_generation = Path(checkpoint.path) / "generation_config.json"
-    if own_generation.is_file():
+    own_generation = None if checkpoint is None else Path(checkpoint.path) / "generation_config.json"
+    if own_generation is not None and own_generation.is_file():
         assets.append(Asset(filename=own_generation.name, source=str(own_generation), origin="run"))
     taken = {asset.filename for asset in assets}
     assets += [

@@ -66,12 +66,25 @@ def faithful(a_RI: Float64, beside_RI: Sequence[Float64] = ()) -> Feedback:
         a_RI: the A's of all its parts, one below the other.
         beside_RI: the A's of modules that are given the same input; their row spaces are kept too.
     """
-    basis_IM = row_space(a_RI)
-    space_IM = row_space(a_RI, *beside_RI) if beside_RI else basis_IM
-    u_IM = FEEDBACK_WEIGHT**0.5 * _even(space_IM)
+    basis_IM, u_IM = directions(a_RI, beside_RI)
     # Σ e_k·u_k tells of the error in all of U's span, which the basis lies in.
     inside_of_state = basis_IM.T @ u_IM / np.einsum("im,im->m", u_IM, u_IM)
     return Feedback(LowRankHessian(u_IM), basis_IM=basis_IM, inside_of_state=inside_of_state)
+
+
+def directions(a_RI: Float64, beside_RI: Sequence[Float64] = ()) -> tuple[Float64, Float64]:
+    """Where an update acts, and U of H = 1 + U·Uᵀ, by which errors there weigh more.
+
+    Args:
+        a_RI: the A's of all its parts, one below the other.
+        beside_RI: as for :func:`faithful`.
+
+    Returns:
+        An orthonormal basis of the row space of A, and U.
+    """
+    basis_IM = row_space(a_RI)
+    space_IM = row_space(a_RI, *beside_RI) if beside_RI else basis_IM
+    return basis_IM, FEEDBACK_WEIGHT**0.5 * _even(space_IM)
 
 
 def _even(basis_IM: Float64) -> Float64:
@@ -97,22 +110,34 @@ def calibrated(
         beside_RI: as for :func:`faithful`.
         clamp: whether only the two numbers that bracket the exact one may be taken.
     """
+    hessian = hessian_of_inputs(inputs_NI, steps_I, row_space(a_RI, *beside_RI))
+    return Feedback(hessian, basis_IM=row_space(a_RI), clamp=clamp)
+
+
+def hessian_of_inputs(
+    inputs_NI: Float64, steps_I: Float64, space_IM: Float64 | None = None, *, damping: float = DAMPING
+) -> Hessian:
+    """H = XᵀX/N + m·(I/M)·U·Uᵀ + damping·m·1, m being the mean of XᵀX/N's diagonal.
+
+    Args:
+        inputs_NI: X, the inputs of N tokens, float64.
+        steps_I: mean over the rows of step², the distance of a stored number to the next, in every column.
+        space_IM: U, an orthonormal basis of where an update acts; None for none.
+        damping: what is added to the diagonal, of its mean.
+    """
     tokens, columns = inputs_NI.shape
     squares_I = np.einsum("ni,ni->i", inputs_NI, inputs_NI) / tokens
     mean = max(float(squares_I.mean()), np.finfo(np.float64).tiny)
-    damping = DAMPING * mean
+    damping = damping * mean
     # The columns whose errors cost most come first, so that all the others can make up for them.
     order = np.argsort(-(squares_I + damping) * steps_I, kind="stable")
-    space_IM = mean**0.5 * _even(row_space(a_RI, *beside_RI))
-    hessian: Hessian
+    space_IM = np.zeros((columns, 0)) if space_IM is None else mean**0.5 * _even(space_IM)
     if tokens + space_IM.shape[1] < columns:
         u_IM = np.concatenate([inputs_NI.T / tokens**0.5, space_IM], axis=1) / damping**0.5
-        hessian = LowRankHessian(u_IM, order=order, revisited=columns)
-    else:
-        h_II = inputs_NI.T @ inputs_NI / tokens + space_IM @ space_IM.T
-        h_II[np.diag_indices(columns)] += damping
-        hessian = DenseHessian(h_II, order=order)
-    return Feedback(hessian, basis_IM=row_space(a_RI), clamp=clamp)
+        return LowRankHessian(u_IM, order=order, revisited=columns)
+    h_II = inputs_NI.T @ inputs_NI / tokens + space_IM @ space_IM.T
+    h_II[np.diag_indices(columns)] += damping
+    return DenseHessian(h_II, order=order)
 
 
 def recorded_inputs(folder: str, module: str) -> Float64 | None:

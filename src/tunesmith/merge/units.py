@@ -179,7 +179,7 @@ def pieces_of(file: OutputFile, base: Checkpoint, binding: Binding, *, view: Bas
     else:
         pieces.append(Copy(str(base.shards[file.layout_of].path), 0, 0, len(file.header)))
     for info in file.tensors:
-        piece = _piece(info, base, by_name.get(info.name, ()), neighbours.get(info.name, ()), view=view)
+        piece = piece_of(info, base, by_name.get(info.name, ()), neighbours.get(info.name, ()), view=view)
         last = pieces[-1]
         if isinstance(piece, Copy) and isinstance(last, Copy) and _continues(last, piece):
             pieces[-1] = Copy(last.source, last.offset, last.begin, last.count + piece.count)
@@ -188,7 +188,7 @@ def pieces_of(file: OutputFile, base: Checkpoint, binding: Binding, *, view: Bas
     return pieces
 
 
-def _piece(
+def piece_of(
     info: TensorInfo,
     base: Checkpoint,
     updates: tuple[Update, ...],
@@ -196,18 +196,38 @@ def _piece(
     *,
     view: BaseView | None,
 ) -> Copy | Compute:
+    """What makes one tensor's bytes.
+
+    Args:
+        info: where it goes, in which dtype and shape.
+        base: the base model.
+        updates: what makes it.
+        neighbours: updates of the tensors that are given the same input.
+        view: how the base is seen; None for as it is stored.
+    """
+    task = task_of(info, base, updates, neighbours, view=view)
+    source, path = task.source_info, task.source
+    same = source is not None and source.dtype == info.dtype and not task.view
+    if source is not None and path and same and all(isinstance(update, Copied) for update in updates):
+        return Copy(path, source.begin, info.begin, info.size_bytes)
+    return Compute(task, 0, task.matrix[0])
+
+
+def task_of(
+    info: TensorInfo,
+    base: Checkpoint,
+    updates: tuple[Update, ...],
+    neighbours: tuple[LowRank, ...],
+    *,
+    view: BaseView | None,
+) -> TensorTask:
+    """What makes one tensor, whether or not that is more than a copy; arguments as for :func:`piece_of`."""
     if any(isinstance(update, Replaced) for update in updates):
-        return _computed(TensorTask(info, updates))
+        return TensorTask(info, updates)
     origin = next((update.source for update in updates if isinstance(update, Copied)), info.name)
     source, path = base.info(origin), str(base.shards[base.shard_of(origin)].path)
     viewed = view.kind if view is not None and view.applies_to(base, origin) else None
-    if source.dtype == info.dtype and not viewed and all(isinstance(update, Copied) for update in updates):
-        return Copy(path, source.begin, info.begin, info.size_bytes)
-    return _computed(TensorTask(info, updates, path, source, viewed, neighbours))
-
-
-def _computed(task: TensorTask) -> Compute:
-    return Compute(task, 0, task.matrix[0])
+    return TensorTask(info, updates, path, source, viewed, neighbours)
 
 
 def _continues(last: Copy, piece: Copy) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +13,20 @@ import numpy as np
 import xxhash
 from threadpoolctl import threadpool_limits
 
-from tunesmith.adapter import Added, Copied, LowRank, Magnitude, Replaced, Rows, Stack
+from tunesmith.adapter import Copied, LowRank, Magnitude, Stack
 from tunesmith.allocator import keep_freed_memory
-from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, copy_range, stored_array, write_at
-from tunesmith.errors import CheckpointError
+from tunesmith.checkpoint import Array, Float64, copy_range, write_at
+from tunesmith.merge.exact import (
+    Segment,
+    Start,
+    column_norms,
+    exact_tile,
+    not_finite,
+    read_at,
+    row_tiles,
+    segments,
+    stack_of,
+)
 from tunesmith.merge.kernel import can_settle, settle_bf16, settle_panel
 from tunesmith.merge.rounders import (
     CALIBRATED,
@@ -42,23 +52,6 @@ _READ_BYTES = 1 << 18  # fits the second cache, so that the checksum reads what 
 Sums = dict[str, TileSums]
 
 Tick = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows of a tensor's matrix that share their factors.
-
-    Attributes:
-        start: the first row.
-        stop: the row to stop before.
-        a_RI: the factors A of all their updates, stacked; None where nothing is added.
-        b_OR: the factors B, scaled, side by side; row 0 is ``start``'s.
-    """
-
-    start: int
-    stop: int
-    a_RI: Float64 | None = None
-    b_OR: Float64 | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def run_unit(unit: Unit, tick: Tick | None = None) -> UnitReceipt:
     """
     keep_freed_memory()
     if multiprocessing.parent_process() is not None:
-        _one_thread_of_blas()
+        one_thread_of_blas()
     tick = tick or _silent
     sums: Sums = {}
     target = _Target(unit.target)
@@ -139,23 +132,13 @@ def checksum_of(path: Path, begin: int, end: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _one_thread_of_blas() -> None:
+def one_thread_of_blas() -> None:
     """In a worker process of a pool, for good: its siblings use the other cores.  Threads are the caller's matter."""
     threadpool_limits(1)
 
 
 def _silent(_count: int, _detail: str) -> None:
     pass
-
-
-@lru_cache(maxsize=1)
-def _stack(context: Context) -> Stack:
-    return Stack(context.adapters)
-
-
-@lru_cache(maxsize=1)
-def _base(context: Context) -> Checkpoint:
-    return Checkpoint(context.base)
 
 
 def _literal(piece: Literal, target: _Target, tick: Tick) -> None:
@@ -180,20 +163,20 @@ def _copy(piece: Copy, target: _Target, tick: Tick) -> None:
 
 
 def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> TileSums:
-    task, stack, total = piece.task, _stack(context), TileSums()
-    with _Start(task, stack, context) as begun:
-        norms = _column_norms(task, stack, begun) if task.whole else None
-        for segment in _segments(task, piece.start, piece.stop, stack):
+    task, stack, total = piece.task, stack_of(context), TileSums()
+    with Start(task, stack, context) as begun:
+        norms = column_norms(task, stack, begun, height=_tile_rows(task, None)) if task.whole else None
+        for segment in segments(task, piece.start, piece.stop, stack):
             rounder = _rounder(task, segment, context, begun, norms)
             fast = _Fast.of(task, context, rounder)
             height = fast.height if fast else _tile_rows(task, rounder)
-            for rows in _row_tiles(segment.start, segment.stop, height):
+            for rows in row_tiles(segment.start, segment.stop, height):
                 done = fast.merge(begun, segment, rows=rows) if fast else None
                 for part, (merged, sums) in (
                     [(rows, done)] if done else _plainly(task, stack, begun, segment, rows, norms, rounder)
                 ):
                     if sums.overflowed:
-                        raise _not_finite(task, begun.read(*part)[0])
+                        raise not_finite(task, begun.read(*part)[0])
                     data = np.ascontiguousarray(merged).reshape(-1).view(np.uint8).data
                     target.write(data, task.info.begin + part[0] * task.row_bytes)
                     total += sums
@@ -202,7 +185,7 @@ def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> T
 
 
 def _rounder(
-    task: TensorTask, segment: Segment, context: Context, begun: _Start, norms: Float64 | None
+    task: TensorTask, segment: Segment, context: Context, begun: Start, norms: Float64 | None
 ) -> Rounder | None:
     """How a segment's rows are rounded; None for to nearest."""
     rounding, a_RI = rounding_of(context.rounding, task.info.dtype, task.updates), segment.a_RI
@@ -216,18 +199,18 @@ def _rounder(
         inputs_NI = recorded_inputs(context.inputs, module)
     scaled = any(isinstance(update, Magnitude) for update in task.updates)
     enough = ENOUGH - LESS_IF_SCALED * scaled
-    if rounding == "faithful" and _nearest_keeps(task, segment, _stack(context), begun, norms) >= enough:
+    if rounding == "faithful" and _nearest_keeps(task, segment, stack_of(context), begun, norms) >= enough:
         return None
     calibrates = inputs_NI is not None and inputs_NI.shape[1] == task.matrix[1]
     narrow = len(a_RI) + sum(update.r for update in task.beside) <= WIDEST
     beside = task.beside if calibrates or narrow else ()
-    beside_RI = [_stack(context).factors(update)[0] for update in beside]
+    beside_RI = [stack_of(context).factors(update)[0] for update in beside]
     if calibrates and inputs_NI is not None:
         return calibrated(inputs_NI, _squared_steps(task, begun), a_RI, beside_RI, clamp=rounding == "calibrated")
     return faithful(a_RI, beside_RI)
 
 
-def _nearest_keeps(task: TensorTask, segment: Segment, stack: Stack, begun: _Start, norms: Float64 | None) -> float:
+def _nearest_keeps(task: TensorTask, segment: Segment, stack: Stack, begun: Start, norms: Float64 | None) -> float:
     """The gain of rounding to nearest, from some rows in the middle of the tensor, or of its block.
 
     They hang on nothing but the tensor, so that all its rows are rounded in one way wherever it is cut.
@@ -235,16 +218,16 @@ def _nearest_keeps(task: TensorTask, segment: Segment, stack: Stack, begun: _Sta
     height = task.block_rows or task.matrix[0]
     first = segment.start // max(1, height) * height + max(0, (height - _SAMPLED_ROWS) // 2)
     rows = first, min(first + _SAMPLED_ROWS, first + height)
-    (sampled,) = _segments(task, *rows, stack)
+    (sampled,) = segments(task, *rows, stack)
     _, sums = _tile(task, stack, begun, sampled, rows=rows, norms=norms, rounder=None)
     return sums.realised_delta / sums.delta_delta if sums.delta_delta else 1.0
 
 
-def _squared_steps(task: TensorTask, begun: _Start) -> Float64:
+def _squared_steps(task: TensorTask, begun: Start) -> Float64:
     """Mean over all rows of step², where step is the distance of a bf16 number to the next, in every column."""
     rows, columns = task.matrix
     total_I = np.zeros(columns)
-    for start, stop in _row_tiles(0, rows, _tile_rows(task, None)):
+    for start, stop in row_tiles(0, rows, _tile_rows(task, None)):
         _, exponents_TI = np.frexp(begun.read(start, stop)[0])
         total_I += np.ldexp(1.0, 2 * (np.maximum(exponents_TI, -125) - 8)).sum(0)
     return np.asarray(total_I / max(1, rows))
@@ -296,7 +279,7 @@ class _Fast:
             return cls(task, rounder if isinstance(rounder, Feedback) else None)
         return None
 
-    def merge(self, begun: _Start, segment: Segment, *, rows: tuple[int, int]) -> tuple[Array, TileSums] | None:
+    def merge(self, begun: Start, segment: Segment, *, rows: tuple[int, int]) -> tuple[Array, TileSums] | None:
         """Merge some rows; None where it must be done the plain way."""
         if segment.a_RI is None or segment.b_OR is None:
             return None
@@ -329,189 +312,33 @@ class _Fast:
 def _plainly(
     task: TensorTask,
     stack: Stack,
-    begun: _Start,
+    begun: Start,
     segment: Segment,
     rows: tuple[int, int],
     norms: Float64 | None,
     rounder: Rounder | None,
 ) -> Iterator[tuple[tuple[int, int], tuple[Array, TileSums]]]:
-    for part in _row_tiles(*rows, _tile_rows(task, rounder)):
+    for part in row_tiles(*rows, _tile_rows(task, rounder)):
         yield part, _tile(task, stack, begun, segment, rows=part, norms=norms, rounder=rounder)
 
 
 def _tile(
     task: TensorTask,
     stack: Stack,
-    begun: _Start,
+    begun: Start,
     segment: Segment,
     *,
     rows: tuple[int, int],
     norms: Float64 | None,
     rounder: Rounder | None,
 ) -> tuple[Array, TileSums]:
-    w_TI, kept_TI = begun.read(*rows)
-    delta_TI, result_TI = _delta(task, stack, segment, rows=rows, like=w_TI), None
-    for update in task.updates:
-        if isinstance(update, Magnitude):
-            result_TI = _scaled(update, stack, w_TI + delta_TI, rows=rows, norms=norms)
-            delta_TI = result_TI - w_TI
+    tile = exact_tile(task, stack, begun, segment, rows=rows, norms=norms)
     return settle_tile(
-        w_TI, delta_TI, task.info.dtype, kept_TI=kept_TI, result_TI=result_TI, rounder=rounder, first_row=rows[0]
-    )
-
-
-def _scaled(update: Magnitude, stack: Stack, v_TI: Float64, *, rows: tuple[int, int], norms: Float64 | None) -> Float64:
-    m = as_float64(stack.rows(update), stack.info(update).dtype).reshape(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused by the caller
-        if update.per == "row":
-            ratio_T = m[slice(*rows)] / np.sqrt(np.einsum("ti,ti->t", v_TI, v_TI))
-            return np.asarray(ratio_T[:, None] * v_TI)
-        assert norms is not None, "found before the first tile"  # noqa: S101
-        return np.asarray((m / norms) * v_TI)
-
-
-def _delta(task: TensorTask, stack: Stack, segment: Segment, *, rows: tuple[int, int], like: Float64) -> Float64:
-    start, stop = rows
-    if segment.a_RI is not None and segment.b_OR is not None:
-        delta_TI = segment.b_OR[start - segment.start : stop - segment.start] @ segment.a_RI
-    else:
-        delta_TI = np.zeros_like(like)
-    for update in task.updates:
-        if isinstance(update, Added):
-            added = as_float64(stack.rows(update, *_indices(task, start, stop)), stack.info(update).dtype)
-            delta_TI += update.scaling * _matrix_rows(task, added, start, stop)
-    return delta_TI
-
-
-def _column_norms(task: TensorTask, stack: Stack, begun: _Start) -> Float64:
-    """‖V‖ of every column, V being all that the magnitude is applied to."""
-    rows, columns = task.matrix
-    squares = np.zeros(columns)
-    for segment in _segments(task, 0, rows, stack):
-        for start, stop in _row_tiles(segment.start, segment.stop, _tile_rows(task, None)):
-            w_TI, _ = begun.read(start, stop)
-            v_TI = w_TI + _delta(task, stack, segment, rows=(start, stop), like=w_TI)
-            squares += np.einsum("ti,ti->i", v_TI, v_TI)
-    return np.asarray(np.sqrt(squares))
-
-
-def _segments(task: TensorTask, start: int, stop: int, stack: Stack) -> Iterator[Segment]:
-    """Parts of ``start:stop`` with one set of factors each; a block's factors are read when it is reached."""
-    lows = [update for update in task.updates if isinstance(update, LowRank)]
-    height = task.block_rows or max(1, task.matrix[0])
-    for block in range(start // height, -(-stop // height)):
-        first, last = max(start, block * height), min(stop, (block + 1) * height)
-        mine = [update for update in lows if update.block in (None, block)]
-        if not mine:
-            yield Segment(first, last)
-            continue
-        pairs = [(update.scaling, *stack.factors(update)) for update in mine]
-        a_RI = np.concatenate([a for _, a, _ in pairs]) if len(pairs) > 1 else pairs[0][1]
-        part = slice(first - block * height, last - block * height)
-        b_OR = np.concatenate([scaling * b[part] for scaling, _, b in pairs], axis=1)
-        yield Segment(first, last, np.ascontiguousarray(a_RI), np.ascontiguousarray(b_OR))
-
-
-def _row_tiles(start: int, stop: int, height: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + height, stop)) for first in range(start, stop, height))
-
-
-def _indices(task: TensorTask, start: int, stop: int) -> tuple[int, int]:
-    """The indices of the first dimension that rows ``start:stop`` of the matrix lie in."""
-    each = task.block_rows or 1
-    return start // each, -(-stop // each)
-
-
-def _matrix_rows(task: TensorTask, values: Float64, start: int, stop: int) -> Float64:
-    """Rows of the matrix, of what was read for :func:`_indices`."""
-    first = _indices(task, start, stop)[0] * (task.block_rows or 1)
-    return values.reshape(-1, task.matrix[1])[start - first : stop - first]
-
-
-@dataclass
-class _Start:
-    """What a tensor is before anything is added to it, rows at a time.  The one place that a base is read through."""
-
-    task: TensorTask
-    stack: Stack
-    context: Context
-    _file: int | None = field(default=None, init=False)
-
-    def __enter__(self) -> _Start:
-        if self.task.source is not None:
-            self._file = os.open(self.task.source, os.O_RDONLY)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            os.close(self._file)
-
-    def read(self, start: int, stop: int) -> tuple[Float64, Array | None]:
-        """Rows of the matrix in float64, and as they are stored where that is already the dtype to store."""
-        w_TI, kept_TI = self._begin(start, stop)
-        for update in self.task.updates:
-            if not isinstance(update, Rows):
-                continue
-            for place, index in enumerate(update.indices):
-                if start <= index < stop:
-                    row = as_float64(self.stack.rows(update, place, place + 1), self.stack.info(update).dtype)
-                    w_TI[index - start] = row.reshape(-1)
-                    kept_TI = None
-        return w_TI, kept_TI
-
-    def _begin(self, start: int, stop: int) -> tuple[Float64, Array | None]:
-        if self.task.view is not None and self.task.source_info is not None:
-            base = _base(self.context)
-            return BaseView(self.task.view).rows(base, self.task.source_info.name, start, stop), None
-        stored, dtype = self._stored(start, stop)
-        return as_float64(stored, dtype), stored if dtype == self.task.info.dtype else None
-
-    def read_into(self, stored_TI: Array, start: int) -> None:
-        """Read rows from ``start`` on, as the base stores them, into memory that is there."""
-        info = self.task.source_info
-        assert info is not None, "only a base's tensor can be read so"  # noqa: S101
-        row_bytes = info.size_bytes // self.task.matrix[0]
-        self._fill(stored_TI.data.cast("B"), info.begin + start * row_bytes)
-
-    def _stored(self, start: int, stop: int) -> tuple[Array, str]:
-        task, columns = self.task, self.task.matrix[1]
-        info = task.source_info
-        if self._file is None or info is None:
-            update = next(update for update in task.updates if isinstance(update, Replaced))
-            stored = self.stack.rows(update, *_indices(task, start, stop))
-            return _matrix_rows(task, stored, start, stop), self.stack.info(update).dtype
-        row_bytes = info.size_bytes // task.matrix[0]
-        data = bytearray((stop - start) * row_bytes)
-        self._fill(memoryview(data), info.begin + start * row_bytes)
-        return stored_array(bytes(data), info.dtype, (stop - start, columns)), info.dtype
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        while view and self._file is not None:
-            try:
-                count = read_at(self._file, view, offset)
-            except OSError as error:
-                raise CheckpointError(
-                    "The base model cannot be read.", where=self.task.source, found=error.strerror or error
-                ) from error
-            if not count:
-                raise CheckpointError("The file became shorter while it was read.", where=self.task.source)
-            offset, view = offset + count, view[count:]
-
-
-def read_at(file: int, into: memoryview, offset: int) -> int:
-    """Read bytes at an offset into memory that is there; returns how many, 0 at the file's end."""
-    if hasattr(os, "preadv"):
-        return os.preadv(file, [into], offset)
-    data = os.pread(file, len(into), offset)
-    into[: len(data)] = data
-    return len(data)
-
-
-def _not_finite(task: TensorTask, w_TI: Float64) -> CheckpointError:
-    return CheckpointError(
-        f"The merged tensor would not be finite in {task.info.dtype}."
-        if np.isfinite(w_TI).all()
-        else "The base tensor holds NaN or infinity.",
-        where=f"{task.source or Path('adapter')}: {task.info.name}",
-        next_step="check the training run for divergence, and the base model's files",
+        tile.w_TI,
+        tile.delta_TI,
+        task.info.dtype,
+        kept_TI=tile.kept_TI,
+        result_TI=tile.result_TI,
+        rounder=rounder,
+        first_row=rows[0],
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Stack
+from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Binding, Stack
 from tunesmith.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -88,7 +88,7 @@ def merge(
     if compiled:  # meanwhile, for to load the compiler takes a moment
         threading.Thread(target=prepare, args=(plan.rounding not in ("nearest", "stochastic"),), daemon=True).start()
     base, files = _checked(plan)
-    stamps = _stamps(plan, base)
+    stamps = stamps_of(base)
     fingerprint = _fingerprint(plan, files, stamps, inputs)
     with resumable_stage(Path(plan.out), force=plan.force) as stage:
         size = sum(shard.size_bytes for shard in plan.shards)
@@ -99,7 +99,7 @@ def merge(
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
             resumed = work.resume(ledgers, journal)
             # Threads of BLAS would fight ours.
-            with threadpool_limits(1), _own_or_given(executor) as (pool, own), _Hashes(ledgers, base, sha256) as hashes:
+            with threadpool_limits(1), own_or_given(executor) as (pool, own), _Hashes(ledgers, base, sha256) as hashes:
                 work.run(ledgers, journal, pool=pool, own=own, hashes=hashes)
                 written, read = hashes.result(lambda: work.report.advance(0, "hashing"))
         except BrokenExecutor as error:
@@ -107,7 +107,7 @@ def merge(
             raise OutputError("A worker of the executor died.", where=stage.root, found=error) from error
         finally:
             journal.close()
-        if _stamps(plan, base) != stamps:
+        if stamps_of(base) != stamps:
             raise CheckpointError("The base model changed while it was read.", where=plan.base)
         _write_small_files(plan, stage.new)
         stage.publish()
@@ -278,7 +278,8 @@ def _pays_to_compile(plan: MergePlan) -> bool:
 
 
 @contextmanager
-def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
+def own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
+    """An executor, and whether it is ours: a pool of threads, one a core, where none is given."""
     if executor is not None:
         yield executor, False
         return
@@ -306,9 +307,9 @@ def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _stamps(plan: MergePlan, base: Checkpoint) -> list[list[Any]]:
-    """Size and time of every file of the base."""
-    found = [(name, Path(plan.base, name).stat()) for name in base.shards]
+def stamps_of(base: Checkpoint) -> list[list[Any]]:
+    """Size and time of every file of weights of a model."""
+    found = [(name, Path(base.path, name).stat()) for name in base.shards]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
@@ -318,7 +319,8 @@ def _write_small_files(plan: MergePlan, folder: Path) -> None:
     if plan.index is not None:
         (folder / INDEX_FILE).write_text(plan.index, encoding="utf-8")
     # Last, so that a directory without it was never finished.
-    (folder / CONFIG_FILE).write_text(_config(plan), encoding="utf-8")
+    config = config_of(Path(plan.base), plan.binding, convert_to=plan.convert_to)
+    (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
 
 
 def _checked(plan: MergePlan) -> tuple[Checkpoint, tuple[OutputFile, ...]]:
@@ -356,10 +358,16 @@ def _receipt(file: OutputFile, ledger: FileLedger, sha256: str | None, rounding:
     )
 
 
-def _config(plan: MergePlan) -> str:
-    """The base's configuration with the binding's changes, its dtype, and RoPE in both spellings."""
-    config = read_json_object(Path(plan.base) / CONFIG_FILE)
-    for key, value in plan.binding.config.items():
+def config_of(base: Path, binding: Binding, *, convert_to: str | None = None) -> dict[str, Any]:
+    """The base's configuration with the binding's changes, its dtype, and RoPE in both spellings.
+
+    Args:
+        base: the base's directory.
+        binding: what the adapters make of it.
+        convert_to: the dtype of every floating-point tensor; None for the base's own.
+    """
+    config = read_json_object(base / CONFIG_FILE)
+    for key, value in binding.config.items():
         *path, last = key.split(".")
         section = config
         for part in path:
@@ -368,10 +376,15 @@ def _config(plan: MergePlan) -> str:
     sections = (config, *(value for value in config.values() if isinstance(value, dict)))
     for section in sections:
         _spell_rope_twice(section)
-    if plan.convert_to is not None:
+    if convert_to is not None:
         named = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
         for section, key in named or [(config, "torch_dtype")]:
-            section[key] = _CONFIG_DTYPES[plan.convert_to]
+            section[key] = _CONFIG_DTYPES[convert_to]
+    return config
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as its file holds it."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 

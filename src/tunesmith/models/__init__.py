@@ -31,7 +31,7 @@ from tunesmith.models.engine import (
 from tunesmith.models.generate import continue_rows, generate, prompt_ids
 from tunesmith.models.local import LocalEngine, RenderedPrompt
 from tunesmith.models.remember import RememberingEngine
-from tunesmith.models.score import score, token_logits
+from tunesmith.models.score import RowDrift, row_drifts, same_tokens, score, token_logits
 from tunesmith.models.variants import BASE, Variant, VariantSet
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "RememberingEngine",
     "RenderedPrompt",
     "Request",
+    "RowDrift",
     "RowScore",
     "ScoredRow",
     "Variant",
@@ -62,6 +63,8 @@ __all__ = [
     "generate",
     "prompt_ids",
     "record_inputs",
+    "row_drifts",
+    "same_tokens",
     "score",
     "token_logits",
     "write_calibration_text",

@@ -17,7 +17,7 @@ import itertools
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ def write_calibration_text(
     name: str,
     *,
     sequences: int = 48,
+    bare: int = 0,
     tokens: int = 64,
     seed: int = 0,
     temperature: float = 0.7,
@@ -106,6 +107,8 @@ def write_calibration_text(
         variants: the loaded variants, float32 where the text is to calibrate a rounding.
         name: which of them writes.
         sequences: how many.
+        bare: so many more, which go on from the first token, outside of any conversation: what a model writes there is
+            spread over all that it knows.
         tokens: of a sequence at most, chat template included; more where that alone takes over half of them.
         seed: the same seed gives the same text on the same machine.
         temperature: divides the logits; tokens are then drawn from all.
@@ -125,7 +128,7 @@ def write_calibration_text(
         frame = _chat_frame(tokenizer)
         if frame is not None and window is not None and frame.longest + 2 > window:
             frame = None
-        turns = sequences if frame is None else 2 * sequences
+        turns = bare + (sequences if frame is None else 2 * sequences)
         write = _author(variants, name, turns, settings, progress=progress, cancellation=cancellation)
         if frame is None:
             prompts = _plain_starts(tokenizer, sequences, window)
@@ -135,7 +138,10 @@ def write_calibration_text(
             prompts = _user_turns(tokenizer, frame, sequences, write=write, most=room)
             length = max(tokens, len(frame.before) + len(frame.after) + tokens // 2)
         answers = write(prompts, length - min(map(len, prompts), default=0))
-    return [(*prompt, *answer.token_ids)[:length] for prompt, answer in zip(prompts, answers, strict=True)]
+        starts = _plain_starts(tokenizer, bare, window, opens_turns=set(frame.after) if frame else set())
+        loose = write(starts, tokens - min(map(len, starts), default=0)) if bare else []
+    written = [(*prompt, *answer.token_ids)[:length] for prompt, answer in zip(prompts, answers, strict=True)]
+    return written + [(*start, *answer.token_ids)[:tokens] for start, answer in zip(starts, loose, strict=True)]
 
 
 def encode_calibration_rows(
@@ -335,10 +341,12 @@ def _before_end(turn: Generation, special: set[int], after: list[int]) -> list[i
     return ids
 
 
-def _plain_starts(tokenizer: Any, sequences: int, window: int | None) -> list[list[int]]:
-    """The beginning of a text, and of texts that begin with the seeds."""
+def _plain_starts(
+    tokenizer: Any, sequences: int, window: int | None, *, opens_turns: Container[int] = ()
+) -> list[list[int]]:
+    """The beginning of a text, and of texts that begin with the seeds; not with a token that opens a turn of a chat."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    begin = [] if first is None else [first]
+    begin = [] if first is None or first in opens_turns else [first]
     seeds = [list(tokenizer(seed, add_special_tokens=False)["input_ids"]) for seed in SEEDS]
     rows = [begin + (_seed_of(seeds, i) if i % 2 == 1 or not begin else []) for i in range(sequences)]
     return rows if window is None else [row[: max(1, window - 1)] for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.errors import CheckpointError
 from tunesmith.models.compute import free_bytes
 from tunesmith.models.loading import load_model, load_tokenizer
+from tunesmith.models.quantized import elements_of
 from tunesmith.models.quiet import quiet_loading
 
 # Of the memory that is free when the first one is loaded; the rest is for activations, and for others.
@@ -78,6 +79,6 @@ def _weights_bytes(path: Path, dtype: str) -> int:
 
     itemsize = 4 if dtype == "float32" else 2
     try:
-        return itemsize * sum(info.elements for info in Checkpoint(path).tensors.values())
+        return itemsize * elements_of(Checkpoint(path))
     except CheckpointError:
         return 0  # loading it tells what is wrong

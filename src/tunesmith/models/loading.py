@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
 from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAIN_INITS
 from tunesmith.errors import AdapterError, CheckpointError, TunesmithError, UnsupportedAdapterError
 from tunesmith.models.compute import avoid_cudnn_attention
+from tunesmith.models.quantized import is_stored_quantized, make_plain, quiet_bars
 
 _SHOWN_KEYS = 10
 _SAMPLED = 256
@@ -21,9 +23,12 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
 
     Args:
         path: its directory.
-        dtype: of weights and activations.
+        dtype: of weights and activations, also of a model that is stored quantized.
         device: where to put it.
         error: the kind of error to raise.
+
+    Raises:
+        MissingExtraError: it is stored quantized, and the package that reads that is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -31,17 +36,19 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
     _require_files(path, ("config.json",), error)
     if (path / "adapter_config.json").exists():
         raise error("This directory holds an adapter, not a complete model.", where=path)
+    quantized = is_stored_quantized(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            # so that the misfits come back to us by name, instead of as a sentence on stderr
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet_bars() if quantized else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                # so that the misfits come back to us by name, instead of as a sentence on stderr
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as problem:
         raise error("The model cannot be loaded.", where=path, **told(problem)) from problem
     details = [f"missing: {key}" for key in sorted(info["missing_keys"])]
@@ -52,6 +59,8 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
     ]
     if details:
         raise error("The model's weights do not fit its config.", where=path, details=_shorten(details))
+    if quantized:
+        model = make_plain(model)
     avoid_cudnn_attention(device)
     return model.to(device).eval().requires_grad_(False)
 

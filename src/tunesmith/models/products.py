@@ -69,6 +69,8 @@ class Products:
 
         if type(module) is not torch.nn.Linear or module.weight.device.type != "cpu":
             return None
+        if getattr(module, "quantization_scheme", None) is not None:  # its activations are quantized as well
+            return None
         weight = module.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         if dtype not in _TRIED or weight.numel() * weight.itemsize < _SMALL_BYTES:

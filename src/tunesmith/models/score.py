@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversations import Conversation, Encoded, encode, encode_text
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 # What the logits of one batch may take in float32; a single row may take more.
 _LOGITS_BUDGET_BYTES = 512 * 2**20
 _POSITIONS_AT_ONCE = 128
+_POSITIONS_IN_FLOAT64 = 32
 ROWS_AT_ONCE = 4
+_ROWS_NAMED = 10
 
 
 def score(
@@ -103,6 +106,111 @@ def token_logits(variants: VariantSet, name: str, input_ids: Sequence[int], keep
             )
         batch = torch.tensor([list(input_ids)], device=model.device)
         return _logits(model, batch, list(positions))[0].float()
+
+
+@dataclass(frozen=True)
+class RowDrift:
+    """How far a variant's predictions are from the reference's at the supervised tokens of one row.
+
+    Attributes:
+        id: the row's id.
+        reference_nll: minus the log-likelihood of these tokens under the reference, in nats.
+        nll: the same under the variant.
+        kl: of every token KL(reference ‖ variant), nats, over the whole vocabulary.
+        agreed: at how many of them both have the same first choice.
+    """
+
+    id: str
+    reference_nll: float
+    nll: float
+    kl: tuple[float, ...]
+    agreed: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were compared."""
+        return len(self.kl)
+
+
+def row_drifts(
+    variants: VariantSet,
+    name: str,
+    rows: Sequence[ScoredRow],
+    *,
+    reference: str,
+    progress: ProgressCallback = no_progress,
+    cancellation: Cancellation | None = None,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> list[RowDrift]:
+    """Hold one variant's predictions against another's, token by token, on the same tokens.
+
+    Both models are in memory, and of both the logits of one batch, in their dtype (at most 512 MiB each, in float32,
+    but for a single row that takes more): the reference is computed again beside every variant, because its
+    predictions of all rows would take the vocabulary times all tokens.  Probabilities are formed and summed in float64.
+
+    Args:
+        variants: the loaded variants.
+        name: which of them.
+        rows: conversations with an answer, or texts.
+        reference: what it is held against.
+        progress: called after every batch with the stage ``drift``, in rows.
+        cancellation: read before every batch.
+        rows_at_once: the most rows that run at once.
+
+    Returns:
+        One a row, in their order.
+
+    Raises:
+        DataError: no such variant, a row without an answer, or a variant that reads the rows as other tokens, or
+            predicts others, than the reference.
+        PromptError: rows that are longer than either's context window; all are named.
+        CheckpointError: a full model cannot be loaded.
+        Cancelled: somebody asked to stop.
+    """
+    cancellation = cancellation or Cancellation()
+    found: dict[int, RowDrift] = {}
+    with quiet_logging():
+        encoded = same_tokens(variants, name, rows, reference=reference)
+        for one in (reference, name):
+            _check_lengths(rows, encoded, variants.context_window(one))
+        vocabulary = 0
+        for one in (reference, name):
+            with variants.running([one]) as (model, _, _):
+                check_token_ids(model, [row.input_ids for row in encoded])
+                vocabulary = max(vocabulary, model.get_output_embeddings().weight.shape[0])
+        for batch in _batches(encoded, rows_at_once, vocabulary):
+            cancellation.check()
+            here = [encoded[index] for index in batch]
+            logits = []
+            for one in (reference, name):
+                with variants.running([one] * len(here)) as (model, _, _):
+                    logits.append(_batch_logits(model, here))
+            for place, index in enumerate(batch):
+                found[index] = _row_drift(rows[index].id, here[place], logits[0][place], logits[1][place], name)
+            progress(Progress("drift", len(found), len(rows), "rows", name))
+    return [found[index] for index in range(len(rows))]
+
+
+def same_tokens(variants: VariantSet, name: str, rows: Sequence[ScoredRow], *, reference: str) -> list[Encoded]:
+    """The rows' tokens, which must be the same under both tokenizers.
+
+    Raises:
+        DataError: no such variant, a row without an answer, or tokenizers or templates that differ; the rows are named.
+        CheckpointError: a full model's tokenizer cannot be loaded.
+    """
+    ours, theirs = variants.tokenizer(reference), variants.tokenizer(name)
+    encoded = [_encode(ours, row) for row in rows]
+    if ours is not theirs:
+        other = [row.id for row, mine in zip(rows, encoded, strict=True) if _encode(theirs, row) != mine]
+        if other:
+            raise DataError(
+                "This model reads the rows as other tokens than the run does.",
+                where=variants.variant(name).path,
+                expected="the run's tokenizer and chat template",
+                details=other[:_ROWS_NAMED],
+                next_step="export it again from the run, or copy the run's tokenizer files and chat template into it",
+            )
+    return encoded
 
 
 class _Job:
@@ -249,5 +357,29 @@ def _row_score(row_id: str, row: Encoded, logits: torch.Tensor, reference: torch
             p = reference[start : start + _POSITIONS_AT_ONCE].float().log_softmax(-1)
             q = chosen.log_softmax(-1)
             divergence += float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
-    kl = None if reference is None else max(0.0, divergence / len(tokens))
+    kl = None if reference is None else max(divergence / len(tokens), 0.0)  # in this order, NaN stays NaN
     return RowScore(row_id, tuple(log_probs), correct, kl)
+
+
+def _row_drift(row_id: str, row: Encoded, reference: torch.Tensor, logits: torch.Tensor, name: str) -> RowDrift:
+    """Compare two models' logits (tokens, vocabulary) of one row."""
+    import torch
+
+    if reference.shape != logits.shape:
+        raise DataError(
+            "The model predicts another number of tokens than the run's base.",
+            where=name,
+            expected=reference.shape[-1],
+            found=logits.shape[-1],
+        )
+    tokens = torch.tensor([row.input_ids[place] for place in _targets(row)], device=logits.device)
+    sums, kl, agreed = [0.0, 0.0], [], 0
+    for start in range(0, len(tokens), _POSITIONS_IN_FLOAT64):
+        part = slice(start, start + _POSITIONS_IN_FLOAT64)
+        # In float32 the terms, of both signs, would leave 1e-7 of two models that are alike.
+        p, q = (one[part].double().log_softmax(-1) for one in (reference, logits))
+        for place, one in enumerate((p, q)):
+            sums[place] -= float(one.gather(-1, tokens[part, None]).sum())
+        kl += torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).tolist()
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return RowDrift(row_id, sums[0], sums[1], tuple(0.0 if one < 0 else one for one in kl), agreed)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.report.texts import LANGUAGES, finding_text, templates, text
 
 if TYPE_CHECKING:
+    from tunesmith.report.charts import drift_spec as drift_spec
     from tunesmith.report.charts import eval_loss_png as eval_loss_png
     from tunesmith.report.charts import heatmap_spec as heatmap_spec
     from tunesmith.report.charts import loss_png as loss_png
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from tunesmith.report.charts import to_png as to_png
     from tunesmith.report.charts import to_svg as to_svg
     from tunesmith.report.charts import weights_map_spec as weights_map_spec
+    from tunesmith.report.drift import drift_markdown as drift_markdown
     from tunesmith.report.evaluation import evaluation_markdown as evaluation_markdown
     from tunesmith.report.html import render_report as render_report
     from tunesmith.report.html import write_report as write_report
 
 _HOME = {
     **dict.fromkeys(("render_report", "write_report"), "html"),
-    **dict.fromkeys(("loss_spec", "heatmap_spec", "weights_map_spec", "smooth"), "charts"),
+    **dict.fromkeys(("loss_spec", "heatmap_spec", "drift_spec", "weights_map_spec", "smooth"), "charts"),
+    "drift_markdown": "drift",
     "evaluation_markdown": "evaluation",
     **dict.fromkeys(("to_svg", "to_png", "loss_png", "eval_loss_png"), "charts"),
 }

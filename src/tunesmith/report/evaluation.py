@@ -256,7 +256,7 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
         f"**{text(f'evaluation.answer.{answer_of(evaluation)}')}**",
     ]
     if evaluation.findings:
-        parts.append("\n".join(f"- {_sentence(finding)}" for finding in told_first(evaluation)))
+        parts.append("\n".join(f"- {sentence_markdown(finding)}" for finding in told_first(evaluation)))
     for section in SECTIONS:
         rows = measure_rows(evaluation, section)
         if rows:
@@ -300,7 +300,8 @@ def _cell(row: MeasureRow, head: str) -> str:
     return _escape(cells[head]())
 
 
-def _sentence(finding: Finding) -> str:
+def sentence_markdown(finding: Finding) -> str:
+    """A finding's severity and sentence as Markdown, in English; names in it have no meaning there."""
     # A backtick in a name would end the code that it stands in.
     plain = {
         key: _line(value).replace("`", "'") if isinstance(value, str) else value

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tunesmith.adapter.records import AdapterFacts
-from tunesmith.compare import CheckpointChoice, Comparison, Evaluation, Measure
+from tunesmith.compare import CheckpointChoice, Comparison, Drift, Evaluation, Measure
 from tunesmith.merge import Forecast, Merged
 from tunesmith.record import Finding
 from tunesmith.report import charts, units, view
+from tunesmith.report.codes import codes_view
+from tunesmith.report.drift import drift_lines, drift_notes
 from tunesmith.report.escaping import prose, visible
 from tunesmith.report.evaluation import MARKS, evaluation_view, measure_about, measure_name, shown
 from tunesmith.report.texts import LANGUAGES, finding_text, text
@@ -44,6 +46,7 @@ class Parts(TypedDict):
         merged: the merge.
         verdict: its verification.
         evaluation: whether the fine-tune helped, and what it broke.
+        drift: how far exports are from the live adapter.
     """
 
     run: Run
@@ -55,6 +58,7 @@ class Parts(TypedDict):
     merged: NotRequired[Merged | None]
     verdict: NotRequired[Verdict | None]
     evaluation: NotRequired[Evaluation | None]
+    drift: NotRequired[Drift | None]
 
 
 def render_report(
@@ -68,12 +72,13 @@ def render_report(
     merged: Merged | None = None,
     verdict: Verdict | None = None,
     evaluation: Evaluation | None = None,
+    drift: Drift | None = None,
 ) -> str:
     """Render the records as one HTML document.
 
     A part that is None becomes one line that says which command adds it; where there is none of comparison, evaluation,
-    merge and verification, the document is about the run directory and its health alone.  An evaluation leads where
-    nothing was merged or verified.  Text of models, file names and data is
+    drift, merge and verification, the document is about the run directory and its health alone.  An evaluation leads
+    where nothing was merged or verified, and a drift where it is alone.  Text of models, file names and data is
     escaped, and characters that would steer the display are shown by name.  The document asks no server for
     anything; its content security policy forbids any script but its own.
 
@@ -83,7 +88,7 @@ def render_report(
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     facts: dict[str, Any] = {
-        "run_only": comparison is None and evaluation is None and merged is None and verdict is None,
+        "run_only": not any((comparison, evaluation, drift, merged, verdict)),
         "state_of_run": view.health_state(run.findings if health is None else health),
         "health": run.findings if health is None else health,
         "headline": view.headline(run, merged, verdict),
@@ -95,12 +100,17 @@ def render_report(
         "evaluated": evaluation_view(evaluation) if evaluation else None,
         "evaluation_leads": evaluation is not None and merged is None and verdict is None,
         "evaluation_charts": _drawn(charts.evaluation_spec, evaluation),
+        "drift_leads": drift is not None and not any((comparison, evaluation, merged, verdict)),
+        "drift_lines": drift_lines(drift) if drift else [],
+        "drift_notes": drift_notes(drift) if drift else [],
+        "drift_charts": _drawn(charts.drift_spec, drift),
         "fact_groups": view.fact_groups(run, adapter, forecast),
         "files": view.file_groups(run),
         "needs": view.file_needs(run),
         "merge": view.merge_view(merged) if merged else None,
         "levels": view.levels(verdict) if verdict else (),
         "tensors": view.tensors_view(verdict) if verdict else None,
+        "codes": codes_view(verdict) if verdict else None,
         "behaviour": view.behaviour_rows(verdict) if verdict else [],
         "weights_maps": _drawn(charts.weights_map_spec, verdict),
         "loss_charts": _drawn(charts.loss_spec, run),
@@ -112,6 +122,7 @@ def render_report(
         adapter=adapter,
         comparison=comparison,
         evaluation=evaluation,
+        drift=drift,
         merged=merged,
         verdict=verdict,
         style=_markup(_asset("report.css")),

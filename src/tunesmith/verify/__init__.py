@@ -4,6 +4,7 @@ from tunesmith.verify.certificate import (
     CERTIFICATE_FILE,
     Certificate,
     CertifiedMerge,
+    CertifiedQuantization,
     Digest,
     Numerics,
     Origin,
@@ -13,7 +14,7 @@ from tunesmith.verify.certificate import (
     tool_versions,
     write_certificate,
 )
-from tunesmith.verify.records import BehaviourRow, Divergence, Level, TensorVerdict, Verdict
+from tunesmith.verify.records import BehaviourRow, Divergence, Level, QuantizedTensor, TensorVerdict, Verdict
 from tunesmith.verify.run import LEVELS, verify
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "CERTIFICATE_FILE",
     "Certificate",
     "CertifiedMerge",
+    "CertifiedQuantization",
     "Digest",
     "Divergence",
     "LEVELS",
     "Level",
     "Numerics",
     "Origin",
+    "QuantizedTensor",
     "Recheck",
     "TensorVerdict",
     "Verdict",

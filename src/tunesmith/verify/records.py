@@ -8,7 +8,9 @@ from tunesmith.record import Finding, Part, Record
 
 LevelName = Literal["structure", "assets", "weights", "behaviour"]
 Status = Literal["pass", "warn", "fail", "skipped"]
-Answer = Literal["identical", "equal_within_rounding", "different", "not_verified"]
+Answer = Literal["identical", "equal_within_rounding", "equal_within_quantization", "different", "not_verified"]
+
+GOOD: tuple[Answer, ...] = ("identical", "equal_within_rounding", "equal_within_quantization")
 
 
 class TensorVerdict(Part):
@@ -41,6 +43,64 @@ class TensorVerdict(Part):
     gain: float | None = None
     relative_error: float | None = None
     delta_norm: float = 0.0
+
+
+class QuantizedTensor(Part):
+    """One quantized tensor's codes against the exact numbers that they stand for.
+
+    Attributes:
+        name: the name that the weight has in an unquantized model.
+        module: the adapted module, or None for a tensor that the adapter does not touch.
+        scheme: how it is stored, such as ``int4:64``.
+        elements: how many numbers it holds.
+        nearest: how many codes are the nearest to their number.
+        twice_rounded: how many more are explained by a rounding to bf16 before.
+        saturated: how many more are the lowest or highest code, for a number beyond it.
+        neighbour: how many more are the other of the two codes around their number.
+        further: how many are none of these.
+        not_finite: how many codes are not a number.
+        groups: how many scales there are.
+        bad_scales: how many of them are zero, infinite or not a number.
+        bad_groups: how many groups of columns come out at the wrong strength.
+        correlation: how much errors know of the numbers that they are errors of, a group's mean; about 1 where they
+            are rounding's.
+        steps: root mean square of how far codes are off, in steps; 0.29 where all are the nearest.
+        clipped: the share of ‖x‖² that saturation took.
+        relative_error: ‖stored − x‖ / ‖x‖; None where x is 0.
+        gain: how much of the update is there: 1 + ⟨stored − x, Δ⟩ / ‖Δ‖²; None where Δ is 0.
+        gain_error: its standard error.
+        gain_expected: what rounding to nearest makes of 1, with these scales.
+        gain_expected_error: its standard error.
+        delta_norm: ‖Δ‖ (Frobenius), the weight of this tensor among the others.
+    """
+
+    name: str
+    module: str | None
+    scheme: str
+    elements: int
+    nearest: int
+    twice_rounded: int
+    saturated: int
+    neighbour: int
+    further: int
+    not_finite: int = 0
+    groups: int = 0
+    bad_scales: int = 0
+    bad_groups: int = 0
+    correlation: float = 0.0
+    steps: float = 0.0
+    clipped: float = 0.0
+    relative_error: float | None = None
+    gain: float | None = None
+    gain_error: float | None = None
+    gain_expected: float | None = None
+    gain_expected_error: float | None = None
+    delta_norm: float = 0.0
+
+    @property
+    def unexplained(self) -> int:
+        """How many codes rounding each number by itself does not explain."""
+        return self.neighbour + self.further
 
 
 class Divergence(Part):
@@ -135,7 +195,8 @@ class Verdict(Record):
         answer: the verdict.
         levels: every level, also after one failed.
         causes: why, where the answer is ``different``; the likeliest first.
-        tensors: every tensor of the weights level.
+        tensors: every tensor of the weights level that is stored in full.
+        quantized: every tensor of it that is stored as codes.
         behaviour: every prompt of the behaviour level.
         dtype: the dtype of the behaviour level's arithmetic; None where it was skipped.
         certificate: whether a certificate was written into the directory, or a warning that says why not; None where
@@ -150,6 +211,7 @@ class Verdict(Record):
     levels: tuple[Level, ...]
     causes: tuple[Finding, ...] = ()
     tensors: tuple[TensorVerdict, ...] = ()
+    quantized: tuple[QuantizedTensor, ...] = ()
     behaviour: tuple[BehaviourRow, ...] = ()
     dtype: str | None = None
     certificate: Finding | None = None
@@ -157,4 +219,4 @@ class Verdict(Record):
     @property
     def good(self) -> bool:
         """Whether the merged model is what was tested."""
-        return self.answer in ("identical", "equal_within_rounding")
+        return self.answer in GOOD

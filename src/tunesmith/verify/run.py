@@ -15,15 +15,25 @@ from tunesmith.models import VariantSet
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
 from tunesmith.runs import FINAL, Run, checkpoint_of, tokenizer_dir
+from tunesmith.verify.answers import answer_of, status_of, weights_findings
 from tunesmith.verify.assets import check_assets
-from tunesmith.verify.behaviour import ADAPTER, MERGED, Reference, check_behaviour, tolerated_share
+from tunesmith.verify.behaviour import ADAPTER, MERGED, Codes, Reference, check_behaviour, tolerated_share
 from tunesmith.verify.certificate import Origin, certified_files, not_written, verdict_of, write_certificate
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
-from tunesmith.verify.records import Answer, BehaviourRow, Level, LevelName, Status, TensorVerdict, Verdict
-from tunesmith.verify.structure import check_structure
-from tunesmith.verify.weights import Expectation, StartView, check_weights, strays
+from tunesmith.verify.quantized import certified_codes, check_codes, diagnose_codes, judge_codes, other_checkpoint
+from tunesmith.verify.records import (
+    GOOD,
+    Answer,
+    BehaviourRow,
+    Level,
+    LevelName,
+    QuantizedTensor,
+    TensorVerdict,
+    Verdict,
+)
+from tunesmith.verify.structure import Dequantized, check_structure
+from tunesmith.verify.weights import Expectation, StartView, check_weights
 
-_NOT_MEASURED = "behaviour_not_measured"
 LEVELS: tuple[LevelName, ...] = ("structure", "assets", "weights", "behaviour")
 
 
@@ -76,6 +86,7 @@ class Verification:
         self.merged: Checkpoint | None = None
         self.head_written_out = False
         self.tensors: tuple[TensorVerdict, ...] = ()
+        self.quantized: tuple[QuantizedTensor, ...] = ()
         self.behaviour: tuple[BehaviourRow, ...] = ()
         self.dtype: str | None = None
         self.sample, self.certificate = sample, certificate and not sample
@@ -120,29 +131,65 @@ class Verification:
         known = self.run.base_sha256 is not None and not self.sample
         base = weights_files(self.base.path) if known else shards
         ours = [self.merged.path / shard for shard in self.merged.shards] if self.certificate else []
-        check = self.cancellation.check
+        check, codes = self.cancellation.check, self._codes()
+        coded = sum(layer.rows * layer.columns for layer in codes.layers.values()) if codes is not None else 0
+        share = coded / max(1, sum(info.elements for info in self.merged.tensors.values()))
         with _trailing(base) as base_hashes, _trailing(ours) as our_hashes:
 
             def told(event: Progress) -> None:
+                done = event.done / event.total if event.total else 1.0
                 for hashes in (base_hashes, our_hashes):
-                    hashes.follow(event.done / event.total if event.total else 1.0)
+                    hashes.follow(1 - share + share * done if event.stage == "verify codes" else (1 - share) * done)
                 self.progress(event)
 
             self.tensors = check_weights(
                 self.merged,
                 self.expectation,
+                without=codes.layers if codes is not None else (),
                 sample=self.sample,
                 executor=self.executor,
                 progress=told,
                 cancellation=self.cancellation,
             )
-            findings = _weights_findings(self.tensors, sampled_of=self.merged if self.sample else None)
-            proven = _status(findings) == "pass"
+            findings = weights_findings(self.tensors, sampled_of=self.merged if self.sample else None)
+            if codes is not None:
+                findings += self._check_codes(codes, told)
+            proven = status_of(findings) == "pass"
             if base and (proven or known):
                 self.hashes |= {Path(path): digest for path, digest in base_hashes.result(check).items()}
             if ours and proven:
                 self.hashes |= {Path(path): digest for path, digest in our_hashes.result(check).items()}
         return [*(self._base_identity() if known else ()), *findings]
+
+    def _codes(self) -> Dequantized | None:
+        """The model, where some of its layers are quantized."""
+        return self.merged if isinstance(self.merged, Dequantized) and self.merged.layers else None
+
+    def _check_codes(self, codes: Dequantized, told: ProgressCallback) -> list[Finding]:
+        """The quantized layers' part of level 3."""
+        self.quantized = check_codes(
+            codes,
+            self.expectation,
+            sample=self.sample,
+            executor=self.executor,
+            progress=told,
+            cancellation=self.cancellation,
+        )
+        findings = judge_codes(self.quantized, sampled=self.sample)
+        if not any(finding.severity == "error" for finding in findings):
+            name = other_checkpoint(self.quantized, codes, self.expectation, self._other_adapters())
+            if name is not None:
+                params: dict[str, Value] = {"checkpoint": name, "asked": self.chosen.name}
+                findings.append(Finding(code="quantized_other_checkpoint", severity="error", params=params))
+        return findings
+
+    def _other_adapters(self) -> dict[str, Expectation]:
+        """What a merge would hold with the run's other adapters; damaged or foreign ones are passed over."""
+        return {
+            other.name: expectation
+            for other in self.run.checkpoints
+            if other.name != self.chosen.name and (expectation := self._expect_if_readable(other.path))
+        }
 
     def _base_identity(self) -> list[Finding]:
         """Whether the base is, byte for byte, the one that training recorded."""
@@ -160,11 +207,18 @@ class Verification:
         Returns:
             Whether it was written; None where it was not to be.
         """
-        if not self.certificate or answer not in ("identical", "equal_within_rounding"):
+        if not self.certificate or answer not in GOOD:
             return None
         if self._stamps() != self.stamps:
             return not_written("A file was changed while it was verified.")
-        verdict = verdict_of(answer, levels, self.tensors, behaviour=self.behaviour, dtype=self.dtype)
+        verdict = verdict_of(
+            answer,
+            levels,
+            self.tensors,
+            codes=certified_codes(self.quantized),
+            behaviour=self.behaviour,
+            dtype=self.dtype,
+        )
         return write_certificate(
             self.merged_dir, self._origin(), verdict=verdict, hashes=self.hashes, cancellation=self.cancellation
         )
@@ -217,12 +271,20 @@ class Verification:
                 prompts or built_in_prompts(),
                 tolerated_share=tolerated_share(self.tensors),
                 reference=self._reference(self.merged),
+                codes=self._kind_of_codes(),
                 progress=self.progress,
                 cancellation=self.cancellation,
             )
         except TunesmithError as error:
             return [Finding(code="behaviour_unloadable", severity="error", params={"what": error.what})]
         return findings
+
+    def _kind_of_codes(self) -> Codes:
+        """Whether weights are quantized, and activations with them."""
+        codes = self._codes()
+        if codes is None:
+            return "none"
+        return "activations" if any(layer.scheme.activations for layer in codes.layers.values()) else "weights"
 
     def _reference(self, merged: Checkpoint) -> Reference | None:
         """The recomputed weights; None where not all of them were."""
@@ -245,13 +307,10 @@ class Verification:
         """Why the answer is ``different``, the likeliest cause first."""
         causes = diagnose_findings(finding for level in levels for finding in level.findings)
         if self.merged is not None and self.tensors:
-            # Damaged or foreign adapters beside the chosen one explain nothing and are passed over.
-            others = {
-                other.name: expectation
-                for other in self.run.checkpoints
-                if other.name != self.chosen.name and (expectation := self._expect_if_readable(other.path))
-            }
+            others, codes = self._other_adapters(), self._codes()
             of_weights = diagnose_weights(self.tensors, self.merged, self.expectation, others, self._other_bases())
+            if codes is not None:
+                of_weights += diagnose_codes(self.quantized, codes, self.expectation, others)
             named = {cause.code for cause in of_weights}
             causes = [*of_weights, *(cause for cause in causes if cause.code not in named)]
         return [cause for cause in causes if cause.code != "cause_behaviour"] or causes
@@ -299,7 +358,7 @@ def verify(
 
     Args:
         run: the run.
-        merged_dir: the merged model, by whatever tool.
+        merged_dir: the merged model, by whatever tool, stored in full or in the compressed-tensors format.
         base_dir: the base model's directory.
         base_model: the base as it was asked for.
         checkpoint: which of the run's adapters: ``final``, ``checkpoint-N`` or ``N``.
@@ -310,7 +369,7 @@ def verify(
         sample: whether the weights level only looks at the first, the last and another tile of each tensor.  The answer
             is then ``different``, or ``not_verified``: what was not looked at may be anything.
         certificate: whether to write a certificate into the directory, where the answer is identical or equal within
-            rounding; for any other answer the directory is left as it is.
+            rounding or quantization; for any other answer the directory is left as it is.
         executor: what recomputes the parts of the weights; None for a pool of threads, one a core.
         levels: which levels to look at; without ``weights`` the answer cannot be better than ``not_verified``.
         prompts: for the behaviour level; empty for a built-in set.
@@ -353,9 +412,9 @@ def verify(
         # Structure is always looked at: the levels after it read what it opened.
         asked = name in levels or name == "structure"
         findings = steps[name]() if asked else []
-        status = _status(findings) if asked else "skipped"
+        status = status_of(findings) if asked else "skipped"
         done.append(Level(name=name, status=status, findings=tuple(findings), seconds=time.monotonic() - started))
-    answer = _answer(done, work.tensors, sampled=sample)
+    answer = answer_of(done, work.tensors, work.quantized, sampled=sample)
     return Verdict(
         run=run.name,
         merged=merged_dir.resolve().name,
@@ -365,6 +424,7 @@ def verify(
         levels=tuple(done),
         causes=tuple(work.causes(done)) if answer == "different" else (),
         tensors=work.tensors,
+        quantized=work.quantized,
         behaviour=work.behaviour,
         dtype=work.dtype,
         certificate=work.certify(answer, done),
@@ -373,50 +433,6 @@ def verify(
 
 def _trailing(files: Sequence[Path]) -> TrailingHashes:
     return TrailingHashes({str(path): path for path in files})
-
-
-def _answer(levels: Sequence[Level], tensors: Sequence[TensorVerdict], *, sampled: bool) -> Answer:
-    failed = {level.name for level in levels if level.status == "fail"}
-    proven = not sampled and any(level.name == "weights" and level.status == "pass" for level in levels)
-    if failed:
-        return "different"
-    if not proven:
-        return "not_verified"
-    exact = all(tensor.exact == tensor.elements for tensor in tensors)
-    return "identical" if exact else "equal_within_rounding"
-
-
-def _status(findings: Sequence[Finding]) -> Status:
-    if any(finding.code == _NOT_MEASURED for finding in findings):
-        return "skipped"
-    severities = {finding.severity for finding in findings}
-    return "fail" if "error" in severities else "warn" if "warning" in severities else "pass"
-
-
-def _weights_findings(tensors: Sequence[TensorVerdict], *, sampled_of: Checkpoint | None) -> list[Finding]:
-    counts = {
-        key: sum(getattr(tensor, key) for tensor in tensors)
-        for key in ("elements", "exact", "faithful", "twice_rounded", "outside")
-    }
-    # What is stored whole is not lost in rounding, so it says nothing here.
-    touched = [tensor for tensor in tensors if tensor.module is not None and tensor.delta_norm]
-    changed = sum(tensor.elements for tensor in touched)
-    good = not counts["outside"]
-    few = strays(tensors)
-    findings = [
-        Finding(code="weights_proven" if good else "weights_outside", severity="ok" if good else "error", params=counts)
-    ]
-    if sampled_of is not None and good:
-        total = sum(info.elements for info in sampled_of.tensors.values())
-        findings = [Finding(code="weights_sampled", severity="ok", params={**counts, "total": total})]
-    if few:
-        strayed: dict[str, Value] = {"count": sum(few.values()), "tensor": max(few, key=lambda name: few[name])}
-        findings.append(Finding(code="weights_strays", severity="error", params=strayed))
-    if changed:
-        share = sum(tensor.unchanged for tensor in touched) / changed
-        params = {"share_unchanged": share, "tensors": len(touched)}
-        findings.append(Finding(code="weights_unchanged_share", severity="info", params=params))
-    return findings
 
 
 def _not_measured(reason: str) -> Finding:

@@ -72,6 +72,9 @@ def _written(record: Any, form: Format, run: str | None) -> bytes:
             return write(record)
     if form == "html" and run is not None and isinstance(record, ts.Evaluation | ts.Comparison):
         return _page(record, run)
+    if form in ("html", "md") and run is not None and isinstance(record, ts.Drift):
+        with tempfile.TemporaryDirectory() as folder:
+            return ts.write_drift(record, run, Path(folder) / f"drift.{form}").read_bytes()
     raise RequestError("This result cannot be had in that form.", found=form, next_step="take json")
 
 

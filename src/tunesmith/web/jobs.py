@@ -33,7 +33,8 @@ from tunesmith.web.answers import (
 )
 from tunesmith.web.live import Busy, Holder, ModelSlot
 from tunesmith.web.places import Places
-from tunesmith.web.verbs import VERBS, Desk, Work
+from tunesmith.web.verbs import VERBS
+from tunesmith.web.work import Desk, Work
 
 if TYPE_CHECKING:
     from tunesmith.web.settings import Settings
@@ -494,7 +495,12 @@ Kind = Literal[
     "compare",
     "evaluate",
     "merge",
+    "quantize",
+    "drift",
+    "gguf",
     "verify",
+    "verify_gguf",
+    "push",
     "report",
     "cleanup",
 ]

@@ -25,7 +25,8 @@ from tunesmith.web import recipes
 from tunesmith.web.answers import JsonReply, NotThereError, to_json
 from tunesmith.web.live import Opened
 from tunesmith.web.places import Places
-from tunesmith.web.verbs import command, defaults_of, demo_folder
+from tunesmith.web.verbs import demo_folder
+from tunesmith.web.work import command, defaults_of
 
 _CERTIFICATE = "tunesmith-certificate.json"
 _CERTIFICATE_BYTES = 4 * 1024 * 1024
@@ -230,6 +231,7 @@ def _told(places: Places, found: ts.Inspection, asked: tuple[str, str | None, st
         },
         "cleanup": ts.plan_cleanup(found.run),
         "merged": merged_models(places, found.run),
+        "gguf": gguf_files(places, found.run),
         "command": command(
             "inspect", places.shown(place), base=None if model is None else places.shown(model), checkpoint=checkpoint
         ),
@@ -301,7 +303,26 @@ def merged_models(places: Places, run: ts.Run) -> list[dict[str, Any]]:
             told = _certified(path)
             if run.name in told["runs"] if told else path.name.startswith(run.name):
                 answer, checkpoints = (told["answer"], told["checkpoints"]) if told else (None, [])
-                found[path] = {"path": places.shown(path), "certificate": answer, "checkpoints": checkpoints}
+                kept = {"certificate": answer, "checkpoints": checkpoints}
+                found[path] = {"path": places.shown(path), **_stored(path, told), **kept}
+    return list(found.values())
+
+
+def gguf_files(places: Places, run: ts.Run) -> list[dict[str, Any]]:
+    """GGUF files in the run, beside it or at the root, and in folders there, whose name or folder begins as the run's.
+
+    Args:
+        places: what may be looked at.
+        run: the run.
+    """
+    home = Path(run.path)
+    found: dict[Path, dict[str, Any]] = {}
+    for near in dict.fromkeys((home, home.parent, places.root)):
+        for folder in (near, *_folders_in(near)):
+            own = folder == home or (folder not in (home.parent, places.root) and folder.name.startswith(run.name))
+            for path, size in _files_in(folder, ".gguf"):
+                if own or path.name.startswith(run.name):
+                    found[path] = {"path": places.shown(path), "size_bytes": size}
     return list(found.values())
 
 
@@ -366,6 +387,43 @@ def _folders_in(folder: Path) -> Iterator[Path]:
         return
 
 
+def _files_in(folder: Path, ending: str) -> Iterator[tuple[Path, int]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, _MOST_LISTED):
+                if entry.name.endswith(ending) and entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path), entry.stat(follow_symlinks=False).st_size
+    except OSError:
+        return
+
+
+def _stored(path: Path, told: dict[str, Any] | None) -> dict[str, Any]:
+    """Whether a model is quantized, and by what scheme: by its certificate, or else as its configuration says."""
+    try:
+        file = path / "config.json"
+        config = json.loads(file.read_bytes()) if file.stat().st_size <= _CERTIFICATE_BYTES else {}
+        section = config.get("quantization_config")
+        word = _scheme_word(section) if section else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        word = None
+    scheme = (told or {}).get("scheme") or word
+    return {"kind": "model" if scheme is None else "quantized", "scheme": scheme}
+
+
+def _scheme_word(section: dict[str, Any]) -> str:
+    """What people call a quantization: ``int4:64``; the method's name where it is another one than weights alone."""
+    method = str(section.get("quant_method", "?"))
+    try:
+        (group,) = section["config_groups"].values()
+        weights = group["weights"]
+        if group.get("input_activations") or weights["type"] != "int":
+            return method
+        size = weights.get("group_size")
+        return f"int{int(weights['num_bits'])}" + (f":{int(size)}" if size else "")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return method
+
+
 def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and any((path / name).is_file() for name in _WEIGHTS)
 
@@ -380,9 +438,12 @@ def _certified(path: Path) -> dict[str, Any] | None:
         adapters = [(str(one["run"]), str(one["checkpoint"])) for one in predicate["adapters"]]
         verdict = predicate.get("verdict")
         answer = str(verdict["answer"]) if verdict else None
+        quantization = predicate.get("quantization")
+        scheme = str(quantization["scheme"]) if quantization else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return {"runs": [run for run, _ in adapters], "checkpoints": [name for _, name in adapters], "answer": answer}
+    runs, checkpoints = [run for run, _ in adapters], [name for _, name in adapters]
+    return {"runs": runs, "checkpoints": checkpoints, "answer": answer, "scheme": scheme}
 
 
 def _stamp(folder: Path) -> object:

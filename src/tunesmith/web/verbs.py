@@ -2,75 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 import tunesmith as ts
 from tunesmith.web import recipes
 from tunesmith.web.answers import RequestError, misfit_of
+from tunesmith.web.exports import EXPORTS
 from tunesmith.web.places import Places
+from tunesmith.web.work import (
+    Count,
+    Desk,
+    OfRun,
+    Params,
+    Reporter,
+    Text,
+    Verb,
+    Work,
+    bytes_of,
+    command,
+    defaults_of,
+    given,
+    maybe,
+    record_from,
+    run_and_base,
+    shown,
+)
 from tunesmith.web.workers import worker_processes
 
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-Count = Annotated[int, Field(ge=0, le=1_000_000)]
 _DEFAULT_REPORT = "report.html"
-_NOT_IN_A_PLAN = {"binding", "shards", "assets", "index"}
-
-
-class Reporter(Protocol):
-    """Where work says how far it is, and reads whether it shall stop."""
-
-    cancellation: ts.Cancellation
-
-    def progress(self, step: ts.Progress) -> None:
-        """Say how far a stage is."""
-
-    def log(self, line: str) -> None:
-        """Say a line to the user."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a job will do, once its turn has come.
-
-    Attributes:
-        command: the equal command, as it would be typed in the root.
-        call: does it, and returns the record.
-        needs_model: whether it loads a model.
-        stop_saves: whether stopping keeps what there is.
-        result: the record as the page is given it.
-    """
-
-    command: str
-    call: Callable[[Reporter], Any]
-    needs_model: bool = True
-    stop_saves: bool = False
-    result: Callable[[Any], Any] = lambda record: record
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What the server lends to every job.
-
-    Attributes:
-        record_of: what an ended job returned.
-        dtype: of the arithmetic.
-    """
-
-    record_of: Callable[[str], Any]
-    dtype: str = "auto"
-
-
-class Params(BaseModel):
-    """Parameters of a job; what is None is left to the library."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DemoParams(Params):
@@ -111,19 +74,14 @@ class TrainParams(PlanTrainingParams):
     overwrite_recipe: bool = False
 
 
-class _OfRun(Params):
-    run: Text
-    base: Text | None = None
-
-
-class CheckpointsParams(_OfRun):
+class CheckpointsParams(OfRun):
     """Which checkpoint to take; as for ``ts.checkpoints``."""
 
     data: Text | None = None
     answers: Count | None = None
 
 
-class CompareParams(_OfRun):
+class CompareParams(OfRun):
     """Variants side by side; as for ``ts.compare``.
 
     Attributes:
@@ -141,7 +99,7 @@ class CompareParams(_OfRun):
     settings: dict[str, Any] | None = None
 
 
-class EvaluateParams(_OfRun):
+class EvaluateParams(OfRun):
     """What a tuning did; as for ``ts.evaluate``."""
 
     variants: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)] | None = None
@@ -151,24 +109,7 @@ class EvaluateParams(_OfRun):
     general: bool | None = None
 
 
-class MergeParams(_OfRun):
-    """A merge; as for ``ts.plan_merge``.
-
-    Attributes:
-        dry_run: only tell what it would do.
-        force: replace ``out`` where it is not empty.
-    """
-
-    out: Text
-    checkpoint: Text | None = None
-    dtype: Text | None = None
-    rounding: Text | None = None
-    shard_size: Text | None = None
-    dry_run: bool = False
-    force: bool = False
-
-
-class VerifyParams(_OfRun):
+class VerifyParams(OfRun):
     """A proof; as for ``ts.verify``.
 
     Attributes:
@@ -183,7 +124,7 @@ class VerifyParams(_OfRun):
     prompts_file: Text | None = None
 
 
-class ReportParams(_OfRun):
+class ReportParams(OfRun):
     """A report; as for ``ts.report``.
 
     Attributes:
@@ -212,50 +153,6 @@ class CleanupParams(Params):
 
     run: Text
     apply: bool = False
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One kind of job.
-
-    Attributes:
-        params: its parameters.
-        prepare: checks them, paths above all, and says what will be done.
-    """
-
-    params: type[Params]
-    prepare: Callable[[Any, Places, Desk], Work]
-
-
-def defaults_of(function: Callable[..., object]) -> dict[str, Any]:
-    """A library function's own defaults, by parameter."""
-    parameters = inspect.signature(function).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
-
-
-def command(*words: object, **options: object) -> str:
-    """A command line: ``None`` and ``False`` leave an option out, ``True`` is the bare option, a tuple repeats it."""
-    line = ["tunesmith", *(str(word) for word in words)]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            line.append(flag)
-        elif value is not None and value is not False:
-            for one in value if isinstance(value, tuple) else (value,):
-                line += [flag, str(one)]
-    return shlex.join(line)
-
-
-def _given(function: Callable[..., object], **asked: Any) -> dict[str, Any]:
-    """What was asked for and is not the library's default anyway."""
-    defaults = defaults_of(function)
-    return {name: value for name, value in asked.items() if value is not None and value != defaults.get(name)}
-
-
-def _of(params: _OfRun, places: Places) -> tuple[str, str | None]:
-    """A run's place and its base's."""
-    run = places.run(params.run)
-    return run, places.base(params.base, run=run)
 
 
 def demo_folder(places: Places) -> Path:
@@ -311,13 +208,11 @@ def _train(params: TrainParams, places: Places, _: Desk) -> Work:
 
 
 def _checkpoints(params: CheckpointsParams, places: Places, desk: Desk) -> Work:
-    run, base = _of(params, places)
-    data = _maybe(places, params.data)
-    asked = _given(ts.checkpoints, answers=params.answers, dtype=desk.dtype)
+    run, base = run_and_base(params, places)
+    data = maybe(places, params.data)
+    asked = given(ts.checkpoints, answers=params.answers, dtype=desk.dtype)
     return Work(
-        command=command(
-            "checkpoints", places.shown(run), data=_shown(places, data), base=_shown(places, base), **asked
-        ),
+        command=command("checkpoints", places.shown(run), data=shown(places, data), base=shown(places, base), **asked),
         call=lambda job: ts.checkpoints(
             run, data, base=base, **asked, progress=job.progress, cancellation=job.cancellation
         ),
@@ -327,12 +222,12 @@ def _checkpoints(params: CheckpointsParams, places: Places, desk: Desk) -> Work:
 def _compare(params: CompareParams, places: Places, desk: Desk) -> Work:
     if params.prompts_text is not None and params.prompts_file is not None:
         raise RequestError("Prompts are typed and in a file; leave one out.", where="prompts_text, prompts_file")
-    run, base = _of(params, places)
-    asked = _given(ts.compare, max_prompts=params.max_prompts, dtype=desk.dtype)
+    run, base = run_and_base(params, places)
+    asked = given(ts.compare, max_prompts=params.max_prompts, dtype=desk.dtype)
     prompts: Any = _prompts_file(places, params.prompts_file)
-    shown = _shown(places, prompts)
+    named_file = shown(places, prompts)
     if params.prompts_text is not None:
-        prompts, shown = typed_prompts(params.prompts_text), "prompts.txt"
+        prompts, named_file = typed_prompts(params.prompts_text), "prompts.txt"
     variants = [places.variant(name) for name in params.variants] if params.variants else None
     if variants is not None and tuple(variants) != defaults_of(ts.compare)["variants"]:
         asked["variants"] = variants
@@ -342,8 +237,8 @@ def _compare(params: CompareParams, places: Places, desk: Desk) -> Work:
         "compare",
         places.shown(run),
         **named,
-        prompts=shown,
-        base=_shown(places, base),
+        prompts=named_file,
+        base=shown(places, base),
         max_prompts=asked.get("max_prompts"),
         dtype=asked.get("dtype"),
         **_settings_options(settings),
@@ -364,17 +259,17 @@ def _compare(params: CompareParams, places: Places, desk: Desk) -> Work:
 
 
 def _evaluate(params: EvaluateParams, places: Places, desk: Desk) -> Work:
-    run, base = _of(params, places)
-    data = _maybe(places, params.data)
+    run, base = run_and_base(params, places)
+    data = maybe(places, params.data)
     variants = [places.variant(name) for name in params.variants] if params.variants else None
-    asked = _given(ts.evaluate, answers=params.answers, tasks=params.tasks, dtype=desk.dtype)
+    asked = given(ts.evaluate, answers=params.answers, tasks=params.tasks, dtype=desk.dtype)
     general: dict[str, Any] = {} if params.general is not False else {"general": False}
     line = command(
         "evaluate",
         places.shown(run),
         variants=",".join(map(places.shown, variants)) if variants else None,
-        data=_shown(places, data),
-        base=_shown(places, base),
+        data=shown(places, data),
+        base=shown(places, base),
         no_general=bool(general),
         **asked,
     )
@@ -386,58 +281,24 @@ def _evaluate(params: EvaluateParams, places: Places, desk: Desk) -> Work:
     )
 
 
-def _merge(params: MergeParams, places: Places, _: Desk) -> Work:
-    run, base = _of(params, places)
-    out = places.resolve(params.out, must_exist=False)
-    names = ("checkpoint", "dtype", "rounding", "shard_size")
-    asked = _given(ts.plan_merge, **{name: getattr(params, name) for name in names})
-    occupied = _is_occupied(out)
-
-    def call(job: Reporter) -> Any:
-        # A plan may be looked at where the target is not empty; that is one of the things it tells.
-        force = params.force or (params.dry_run and occupied)
-        plan = ts.plan_merge(run, out, base=base, **asked, force=force, progress=job.progress)
-        if params.dry_run:
-            return plan
-        with worker_processes(plan.write_bytes) as executor:
-            return ts.merge(plan, executor=executor, progress=job.progress, cancellation=job.cancellation)
-
-    line = command(
-        "merge",
-        places.shown(run),
-        out=places.shown(out),
-        base=_shown(places, base),
-        **asked,
-        force=params.force,
-        dry_run=params.dry_run,
-    )
-    calibrated = (params.rounding or "").startswith("calibrated") and not params.dry_run
-    return Work(
-        command=line,
-        call=call,
-        needs_model=calibrated,
-        result=(lambda plan: planned(plan, occupied=occupied)) if params.dry_run else _merged,
-    )
-
-
 def _verify(params: VerifyParams, places: Places, _: Desk) -> Work:
-    run, base = _of(params, places)
+    run, base = run_and_base(params, places)
     directory = places.resolve(params.directory)
     prompts = _prompts_file(places, params.prompts_file)
-    asked = _given(ts.verify, checkpoint=params.checkpoint)
+    asked = given(ts.verify, checkpoint=params.checkpoint)
     levels = params.levels or None
     line = command(
         "verify",
         places.shown(run),
         places.shown(directory),
-        base=_shown(places, base),
+        base=shown(places, base),
         **asked,
         level=levels,
-        prompts=_shown(places, prompts),
+        prompts=shown(places, prompts),
     )
 
     def call(job: Reporter) -> Any:
-        with worker_processes(_bytes_of(directory)) as executor:
+        with worker_processes(bytes_of(directory)) as executor:
             return ts.verify(
                 run,
                 directory,
@@ -454,21 +315,21 @@ def _verify(params: VerifyParams, places: Places, _: Desk) -> Work:
 
 
 def _report(params: ReportParams, places: Places, desk: Desk) -> Work:
-    run, base = _of(params, places)
-    merged = _maybe(places, params.merged)
+    run, base = run_and_base(params, places)
+    merged = maybe(places, params.merged)
     out = places.resolve(params.out or _DEFAULT_REPORT, must_exist=False)
-    asked = _given(ts.report, checkpoint=params.checkpoint, dtype=desk.dtype)
-    given: dict[str, tuple[str | None, type]] = {
+    asked = given(ts.report, checkpoint=params.checkpoint, dtype=desk.dtype)
+    jobs: dict[str, tuple[str | None, type]] = {
         "comparison": (params.comparison_job, ts.Comparison),
         "verdict": (params.verdict_job, ts.Verdict),
         "evaluation": (params.evaluation_job, ts.Evaluation),
         "choice": (params.choice_job, ts.CheckpointChoice),
     }
-    records = {name: _record(desk, job, kind) for name, (job, kind) in given.items() if job is not None}
-    files = {name: f"{type(record).__name__.lower()}-{given[name][0]}.json" for name, record in records.items()}
+    records = {name: record_from(desk, job, kind) for name, (job, kind) in jobs.items() if job is not None}
+    files = {name: f"{type(record).__name__.lower()}-{jobs[name][0]}.json" for name, record in records.items()}
     words = ("report", places.shown(run), *([places.shown(merged)] if merged else []))
-    shown = places.shown(out)
-    line = command(*words, out=None if shown == _DEFAULT_REPORT else shown, base=_shown(places, base), **asked, **files)
+    page = places.shown(out)
+    line = command(*words, out=None if page == _DEFAULT_REPORT else page, base=shown(places, base), **asked, **files)
     return Work(
         command=line,
         call=lambda job: ts.report(
@@ -504,10 +365,10 @@ VERBS: Mapping[str, Verb] = {
     "checkpoints": Verb(CheckpointsParams, _checkpoints),
     "compare": Verb(CompareParams, _compare),
     "evaluate": Verb(EvaluateParams, _evaluate),
-    "merge": Verb(MergeParams, _merge),
     "verify": Verb(VerifyParams, _verify),
     "report": Verb(ReportParams, _report),
     "cleanup": Verb(CleanupParams, _cleanup),
+    **EXPORTS,
 }
 
 
@@ -526,29 +387,6 @@ def typed_prompts(text: str) -> list[ts.Conversation]:
     ]
 
 
-def planned(plan: ts.MergePlan, *, occupied: bool) -> dict[str, Any]:
-    """A merge's plan without its thousands of tensors, and what is to be known before it is carried out."""
-    facts = plan.model_dump(mode="json", exclude=_NOT_IN_A_PLAN)
-    free = plan.free_bytes
-    return facts | {
-        "changed": plan.changed,
-        "tensors": plan.tensors,
-        "files": len(plan.shards),
-        "preflight": {
-            "fits": None if free is None else plan.write_bytes <= free,
-            "write_bytes": plan.write_bytes,
-            "free_bytes": free,
-            "target_not_empty": occupied,
-            "quantized_base": any("quantized" in finding.code for finding in plan.warnings),
-        },
-    }
-
-
-def _merged(merged: ts.Merged) -> dict[str, Any]:
-    facts = merged.model_dump(mode="json", exclude={"plan": _NOT_IN_A_PLAN})
-    return facts | {"path": str(merged.path)}
-
-
 def _marked(comparison: ts.Comparison) -> dict[str, Any]:
     """A comparison with what is to be seen at each reply."""
     marks = [
@@ -565,15 +403,6 @@ def _judged(verdict: ts.Verdict) -> dict[str, Any]:
         "sentence": {lang: ts.verdict_sentence(verdict, lang) for lang in languages},
         "charts": {"heatmap": {lang: ts.heatmap_spec(verdict, lang) for lang in languages}},
     }
-
-
-def _record(desk: Desk, job: str, kind: type) -> Any:
-    record = desk.record_of(job)
-    if not isinstance(record, kind):
-        raise RequestError(
-            "This job's result is something else.", where=job, expected=kind.__name__, found=type(record).__name__
-        )
-    return record
 
 
 def _settings(given: Mapping[str, Any] | None) -> ts.GenerationSettings | None:
@@ -598,22 +427,3 @@ def _prompts_file(places: Places, name: str | None) -> str | None:
     if name is None or (name.split("-")[0] == "general" and "/" not in name and not (places.root / name).exists()):
         return name
     return str(places.resolve(name))
-
-
-def _maybe(places: Places, path: str | None) -> str | None:
-    return None if path is None else str(places.resolve(path))
-
-
-def _shown(places: Places, path: str | None) -> str | None:
-    return None if path is None else places.shown(path)
-
-
-def _bytes_of(model: Path) -> int:
-    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
-
-
-def _is_occupied(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and any(folder.iterdir())
-    except OSError:
-        return False

@@ -30,6 +30,7 @@ def round_to_grid(t_TI: Float64, hessian: Hessian, grid: Grid, *, clamp: bool = 
     t_IT = np.ascontiguousarray(t_TI.T if hessian.order is None else t_TI.T[hessian.order])
     q_IT, e_IT = np.empty((columns, rows)), np.zeros((columns, rows))
     state = hessian.begin(rows)
+    order = np.arange(columns) if hessian.order is None else hessian.order
     walks = [(hessian.first, 0)] + [(hessian.again, columns - hessian.revisited)] * (hessian.revisited > 0)
     for walk, begin in walks:
         if walk is hessian.again:
@@ -38,7 +39,9 @@ def round_to_grid(t_TI: Float64, hessian: Hessian, grid: Grid, *, clamp: bool = 
             part = slice(start, stop)
             before_BT = e_IT[part].copy()
             aim_BT = t_IT[part] - walk.shift(state, start, stop, before_BT)
-            q_IT[part] = _round_block(t_IT[part], aim_BT, e_IT[part], walk.within(start, stop), grid, clamp=clamp)
+            q_IT[part] = _round_block(
+                t_IT[part], aim_BT, e_IT[part], walk.within(start, stop), grid.at(order[part]), clamp=clamp
+            )
             walk.take(state, start, stop, e_IT[part] - before_BT)
     if hessian.order is not None:
         ordered_IT, q_IT = q_IT, np.empty_like(q_IT)
@@ -54,6 +57,9 @@ def _round_block(
     below_BT, above_BT, threshold_BT = grid.bracket(t_BT)
     for j in range(len(t_BT)):
         aim_T = aim_BT[j] - within_BB[:, j] @ e_BT
-        q_BT[j] = np.where(aim_T > threshold_BT[j], above_BT[j], below_BT[j]) if clamp else grid.nearest(aim_T)
+        if clamp:
+            q_BT[j] = np.where(aim_T > threshold_BT[j], above_BT[j], below_BT[j])
+        else:
+            q_BT[j] = grid.row(j).nearest(aim_T)
         np.subtract(q_BT[j], t_BT[j], out=e_BT[j])
     return q_BT

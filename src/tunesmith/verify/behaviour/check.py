@@ -15,9 +15,10 @@ arithmetic alone makes:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.conversations import Conversation, encode_prompt
 from tunesmith.models import BASE, Generation, GenerationSettings, Request, VariantSet, generate, token_logits
@@ -40,11 +41,18 @@ _ARITHMETIC_SHARE = 1e-3
 _NOTABLE_SHARE = 0.1
 _UNMEASURED_SHARE = 0.5
 
+# The most that quantized activations may cost, nats a token: what a sound 8-bit scheme costs is a small part of it, and
+# a loader that reads other weights costs several times as much.
+_ACTIVATIONS = 0.5
+
 # The same sums in another order differ by what a sequence of another length shows, and by this many roundings of the
 # largest logit where that shows nothing; a model that was loaded by itself may be off by so many times as much.
 _ROUNDINGS = 8
 _REACH = 4
 _NAMED_PROMPTS = 3
+
+# Whether the merged model is quantized, and then whether its activations are, too, while it computes.
+Codes = Literal["none", "weights", "activations"]
 
 
 def tolerated_share(tensors: Sequence[TensorVerdict]) -> float:
@@ -130,6 +138,7 @@ class _Limits:
         loading: KL(reference ‖ merged), likewise.
         arithmetic: the most that this may be.
         sound: whether the merged model's files hold the reference's weights.
+        codes: how the model is quantized.
     """
 
     kl: float
@@ -138,6 +147,7 @@ class _Limits:
     loading: float = 0.0
     arithmetic: float = 0.0
     sound: bool = True
+    codes: Codes = "none"
 
 
 def check_behaviour(
@@ -146,6 +156,7 @@ def check_behaviour(
     *,
     tolerated_share: float,
     reference: Reference | None = None,
+    codes: Codes = "none",
     progress: ProgressCallback,
     cancellation: Cancellation,
 ) -> tuple[tuple[BehaviourRow, ...], list[Finding]]:
@@ -157,6 +168,7 @@ def check_behaviour(
         prompts: at most ``MAX_PROMPTS`` of them are used.
         tolerated_share: the share of KL(adapter ‖ base) that KL(adapter ‖ merged) may reach without a reference.
         reference: the weights that were recomputed; None where they were not.
+        codes: whether ``merged`` is quantized.
         progress: told of prompts compared.
         cancellation: read between prompts and tokens.
 
@@ -172,7 +184,7 @@ def check_behaviour(
     limits = None
     if reference is not None:
         limits = _measure_limits(variants, exchanges, reference, cancellation=cancellation)
-    limits = limits or _estimate_limits(exchanges, tolerated_share)
+    limits = replace(limits or _estimate_limits(exchanges, tolerated_share), codes=codes)
     progress(Progress("verify behaviour", len(exchanges), len(exchanges), "prompts"))
     rows = tuple(_row(exchange, limits) for exchange in exchanges)
     return rows, _judge(rows, limits, same_ids=all(exchange.same_prompt for exchange in exchanges))
@@ -345,19 +357,37 @@ def _judge(rows: Sequence[BehaviourRow], limits: _Limits, *, same_ids: bool) -> 
     base_kl = sum(row.base_kl * row.tokens for row in rows) / tokens
     share = mean_kl / base_kl if base_kl else 0.0
     params: dict[str, Value] = {"mean_kl": mean_kl, "base_kl": base_kl, "share": share, "limit": limits.kl}
-    close = mean_kl <= limits.kl
     findings = [
-        Finding(code="behaviour_close", severity="ok", params=params)
-        if close and share <= _NOTABLE_SHARE
+        _of_quantization(params, limits)
+        if limits.codes != "none"
+        else Finding(code="behaviour_close", severity="ok", params=params)
+        if mean_kl <= limits.kl and share <= _NOTABLE_SHARE
         else Finding(code="behaviour_rounding_loss", severity="warning", params=params)
-        if close
+        if mean_kl <= limits.kl
         else Finding(code="behaviour_far", severity="error", params=params),
         _of_limit(limits),
-        *_of_texts(rows, agreement=sum(row.top1_agreement * row.tokens for row in rows) / tokens),
+        *_of_texts(
+            rows,
+            agreement=sum(row.top1_agreement * row.tokens for row in rows) / tokens,
+            quantized=limits.codes != "none",
+        ),
     ]
     if not same_ids:
         findings.append(Finding(code="behaviour_prompt_ids_differ", severity="error"))
     return findings
+
+
+def _of_quantization(params: dict[str, Value], limits: _Limits) -> Finding:
+    """What quantization costs beside what the tuning did; a fault only where the weights do not explain it."""
+    kl, base_kl, share = (float(str(params[key])) for key in ("mean_kl", "base_kl", "share"))
+    broken = limits.rounding is not None and limits.codes == "weights" and not kl <= limits.kl
+    if broken or not math.isfinite(kl):
+        return Finding(code="behaviour_far", severity="error", params=params)
+    if kl > base_kl:
+        return Finding(code="behaviour_quantized_drowned", severity="warning", params=params)
+    if share > _NOTABLE_SHARE:
+        return Finding(code="behaviour_quantized_loss", severity="warning", params=params)
+    return Finding(code="behaviour_quantized_close", severity="ok", params=params)
 
 
 def _of_limit(limits: _Limits) -> Finding:
@@ -369,6 +399,8 @@ def _of_limit(limits: _Limits) -> Finding:
         "loading": limits.loading,
         "arithmetic": limits.arithmetic,
     }
+    if limits.codes == "activations" and limits.loading <= _ACTIVATIONS:
+        return Finding(code="behaviour_activations", severity="info", params=params)
     if limits.loading <= limits.arithmetic:
         return Finding(code="behaviour_as_stored", severity="ok", params=params)
     if limits.sound:
@@ -376,8 +408,15 @@ def _of_limit(limits: _Limits) -> Finding:
     return Finding(code="behaviour_beyond_rounding", severity="error", params=params)
 
 
-def _of_texts(rows: Sequence[BehaviourRow], *, agreement: float) -> list[Finding]:
-    """How many greedy texts are the same, part at a tie, or part otherwise."""
+def _of_texts(rows: Sequence[BehaviourRow], *, agreement: float, quantized: bool) -> list[Finding]:
+    """How many greedy texts are the same, part at a tie, or part otherwise; quantization leaves no ties to speak of."""
+    if quantized:
+        counts: dict[str, Value] = {
+            "same": sum(row.same_text for row in rows),
+            "total": len(rows),
+            "agreement": agreement,
+        }
+        return [Finding(code="behaviour_quantized_texts", severity="info", params=counts)]
     flips = [row for row in rows if not row.same_text and not row.tie]
     ties = sum(row.tie for row in rows)
     params: dict[str, Value] = {

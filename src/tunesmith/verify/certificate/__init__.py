@@ -4,7 +4,9 @@ from tunesmith.verify.certificate.recheck import Recheck, recheck
 from tunesmith.verify.certificate.statement import (
     CERTIFICATE_FILE,
     Certificate,
+    CertifiedCodes,
     CertifiedMerge,
+    CertifiedQuantization,
     Digest,
     Numerics,
     read_certificate,
@@ -21,7 +23,9 @@ from tunesmith.verify.certificate.write import (
 __all__ = [
     "CERTIFICATE_FILE",
     "Certificate",
+    "CertifiedCodes",
     "CertifiedMerge",
+    "CertifiedQuantization",
     "Digest",
     "Numerics",
     "Origin",

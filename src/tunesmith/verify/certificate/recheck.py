@@ -12,7 +12,7 @@ from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, n
 from tunesmith.record import Part, Record
 from tunesmith.verify.certificate.statement import CERTIFICATE_FILE, Certificate, CertifiedAdapter, read_certificate
 from tunesmith.verify.certificate.write import a_loader_reads, visible_files
-from tunesmith.verify.records import Answer, LevelName, Status
+from tunesmith.verify.records import GOOD, Answer, LevelName, Status
 
 
 class RecheckedAdapter(Part):
@@ -62,7 +62,7 @@ class Recheck(Record):
     @property
     def good(self) -> bool:
         """Whether it is still what was verified, and that was good."""
-        return self.answer in ("identical", "equal_within_rounding")
+        return self.answer in GOOD
 
 
 def recheck(

@@ -125,6 +125,41 @@ class CertifiedMerge(_Piece):
     tools: dict[str, str] = {}
 
 
+class CertifiedQuantization(_Piece):
+    """How Tunesmith quantized.
+
+    Attributes:
+        scheme: its short name, such as ``int4:64`` or ``w8a8``.
+        format: of compressed-tensors: ``pack-quantized``, ``int-quantized`` or ``float-quantized``.
+        bits: of a stored code.
+        group_size: columns that share a scale; None for whole rows.
+        activations: bits of the activations; None where they are not quantized.
+        rounding: how codes were chosen: ``nearest``, ``faithful`` or ``calibrated``.
+        modules: how many layers were quantized.
+        ignore: layers that were not, as the configuration lists them.
+        seed: of what was drawn by chance.
+        calibration: hash of the user's file of rows; None where the tuned model wrote the text, or nothing was
+            calibrated.
+        shard_bytes: the size that no file of more than one tensor exceeds; None for the base's own files.
+        relative_error: ‖Ŵ − W'‖ / ‖W'‖ over the quantized tensors; None where it was not measured.
+        tools: versions of what quantized.
+    """
+
+    scheme: str
+    format: str
+    bits: int
+    group_size: int | None = None
+    activations: int | None = None
+    rounding: str
+    modules: int
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    calibration: Digest | None = None
+    shard_bytes: int | None = None
+    relative_error: float | None = None
+    tools: dict[str, str] = {}
+
+
 class CertifiedLevel(_Piece):
     """One level of proof, as :class:`tunesmith.verify.Level` has it, but for how long it took."""
 
@@ -143,6 +178,32 @@ class CertifiedCounts(_Piece):
     twice_rounded: int
     outside: int
     unchanged: int
+
+
+class CertifiedCodes(_Piece):
+    """The sums of the weights level over all quantized tensors; each but the first and the last two counts codes.
+
+    Attributes:
+        tensors: how many there are.
+        elements: all codes.
+        nearest: the nearest to their number.
+        twice_rounded: explained by a rounding to bf16 before.
+        saturated: the outermost, for a number beyond it.
+        neighbour: the other one around their number.
+        further: none of these, as where rounding errors are passed on.
+        gain: how many times the update was found in them; None where there is none.
+        gain_error: its standard error.
+    """
+
+    tensors: int
+    elements: int
+    nearest: int
+    twice_rounded: int
+    saturated: int
+    neighbour: int
+    further: int
+    gain: float | None = None
+    gain_error: float | None = None
 
 
 class CertifiedBehaviour(_Piece):
@@ -177,7 +238,8 @@ class CertifiedVerdict(_Piece):
     Attributes:
         answer: the verdict.
         levels: every level.
-        counts: of the weights level.
+        counts: of the weights level, of what is stored in full.
+        codes: of the weights level, of what is quantized; None where nothing is.
         behaviour: of the behaviour level; None where it was skipped.
         tools: versions of what verified.
     """
@@ -185,6 +247,7 @@ class CertifiedVerdict(_Piece):
     answer: Answer
     levels: tuple[CertifiedLevel, ...]
     counts: CertifiedCounts
+    codes: CertifiedCodes | None = None
     behaviour: CertifiedBehaviour | None = None
     tools: dict[str, str] = {}
 
@@ -196,12 +259,14 @@ class Predicate(_Piece):
         base: what the adapters were merged into.
         adapters: the adapters; their updates are summed.
         merge: how Tunesmith merged; None where another tool did, or that is not known.
+        quantization: how Tunesmith quantized; None where nothing was, another tool did, or that is not known.
         verdict: what was proved; None where nothing was yet.
     """
 
     base: CertifiedBase
     adapters: tuple[CertifiedAdapter, ...]
     merge: CertifiedMerge | None = None
+    quantization: CertifiedQuantization | None = None
     verdict: CertifiedVerdict | None = None
 
 

@@ -30,9 +30,11 @@ from tunesmith.verify.certificate.statement import (
     CertifiedAdapter,
     CertifiedBase,
     CertifiedBehaviour,
+    CertifiedCodes,
     CertifiedCounts,
     CertifiedLevel,
     CertifiedMerge,
+    CertifiedQuantization,
     CertifiedVerdict,
     Predicate,
     hashed_file,
@@ -40,7 +42,7 @@ from tunesmith.verify.certificate.statement import (
 )
 from tunesmith.verify.records import Answer, BehaviourRow, Level, TensorVerdict
 
-_TOOLS = ("tunesmith", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
+_TOOLS = ("tunesmith", "compressed-tensors", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 # What some loader of some framework reads: weights, settings, templates, tokenizers, code.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -76,19 +78,21 @@ def write_certificate(
     origin: Origin,
     *,
     merge: CertifiedMerge | None = None,
+    quantization: CertifiedQuantization | None = None,
     verdict: CertifiedVerdict | None = None,
     hashes: Mapping[Path, str] | None = None,
     cancellation: Cancellation | None = None,
 ) -> Finding:
     """Write the certificate of a merged model, whole or not at all; a certificate that is there is replaced.
 
-    Where ``merge`` is None and the certificate that is replaced is of the same weights, made of the same files, it is
-    taken from there.
+    Where ``merge`` and ``quantization`` are None and the certificate that is replaced is of the same weights, made of
+    the same files, both are taken from there.
 
     Args:
         directory: the merged model.
         origin: what it was made of.
         merge: how Tunesmith merged, where it did and that is known.
+        quantization: how Tunesmith quantized, likewise.
         verdict: what was proved; None for nothing yet.
         hashes: hashes that are known already, by path as ``directory`` and ``origin`` begin it; the rest are worked
             out now.
@@ -106,6 +110,7 @@ def write_certificate(
             directory,
             origin,
             merge=merge,
+            quantization=quantization,
             verdict=verdict,
             known=hashes or {},
             cancellation=cancellation or Cancellation(),
@@ -134,6 +139,7 @@ def verdict_of(
     levels: Sequence[Level],
     tensors: Sequence[TensorVerdict],
     *,
+    codes: CertifiedCodes | None = None,
     behaviour: Sequence[BehaviourRow] = (),
     dtype: str | None = None,
 ) -> CertifiedVerdict:
@@ -142,7 +148,8 @@ def verdict_of(
     Args:
         answer: the verdict.
         levels: every level.
-        tensors: every tensor of the weights level.
+        tensors: every tensor of the weights level that is stored in full.
+        codes: what the quantized ones come to.
         behaviour: every prompt of the behaviour level.
         dtype: of that level's arithmetic.
     """
@@ -155,6 +162,7 @@ def verdict_of(
             for level in levels
         ),
         counts=CertifiedCounts(tensors=len(tensors), **counts),
+        codes=codes,
         behaviour=_behaviour(behaviour, dtype) if behaviour else None,
         tools=tool_versions(),
     )
@@ -258,6 +266,7 @@ def _certificate(
     origin: Origin,
     *,
     merge: CertifiedMerge | None,
+    quantization: CertifiedQuantization | None,
     verdict: CertifiedVerdict | None,
     known: Mapping[Path, str],
     cancellation: Cancellation,
@@ -276,10 +285,10 @@ def _certificate(
         CertifiedAdapter(run=run, checkpoint=checkpoint, weight=weight, files=files)
         for (run, checkpoint, _, weight), files in zip(origin.adapters, adapter_files, strict=True)
     )
-    predicate = Predicate(base=base, adapters=adapters, merge=merge, verdict=verdict)
+    predicate = Predicate(base=base, adapters=adapters, merge=merge, quantization=quantization, verdict=verdict)
     certificate = Certificate(subject=subject, predicate=predicate)
-    if merge is None and (before := _merge_before(directory, certificate)) is not None:
-        predicate = predicate.model_copy(update={"merge": before})
+    if merge is None and quantization is None and (before := _made_before(directory, certificate)) is not None:
+        predicate = predicate.model_copy(update={"merge": before.merge, "quantization": before.quantization})
     return certificate.model_copy(update={"predicate": predicate})
 
 
@@ -302,8 +311,8 @@ def _base_files(base: Path) -> dict[str, Path]:
     return {name: base / name for name in sorted({**weights, **small})}
 
 
-def _merge_before(directory: Path, new: Certificate) -> CertifiedMerge | None:
-    """How the same weights were merged of the same files, where the certificate that is replaced says so."""
+def _made_before(directory: Path, new: Certificate) -> Predicate | None:
+    """How the same weights were made of the same files, where the certificate that is replaced says so."""
     try:
         old = read_certificate(directory / CERTIFICATE_FILE)
     except CheckpointError:
@@ -316,7 +325,7 @@ def _merge_before(directory: Path, new: Certificate) -> CertifiedMerge | None:
         )
         for one in (new, old)
     )
-    return old.predicate.merge if mine == before else None
+    return old.predicate if mine == before else None
 
 
 def _behaviour(rows: Sequence[BehaviourRow], dtype: str | None) -> CertifiedBehaviour:

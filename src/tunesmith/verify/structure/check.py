@@ -15,6 +15,7 @@ from tunesmith.checkpoint import (
 )
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Value
+from tunesmith.verify.structure.dequantized import as_dequantized
 from tunesmith.verify.structure.directory import beside, foreign_format, quantized_as, some_of, why_not_opened
 from tunesmith.verify.structure.layout import Respelled, Shapes, with_experts_apart
 
@@ -67,22 +68,40 @@ def check_structure(
         return None, [
             Finding(code="structure_broken", severity="error", params={"what": why_not_opened(error, merged_dir)})
         ]
+    expected = _expected_shapes(base, binding)
     method = quantized_as(merged) if quantized_as(base) is None else None
     if method is not None:
-        return None, [Finding(code="weights_quantized", severity="error", params={"method": method})]
-    expected = _expected_shapes(base, binding)
+        return _check_quantized(merged, base, binding, method=method)
     merged, renamed = _spelled_as(merged, base, expected.keys())
     merged, experts, aside = with_experts_apart(merged, expected)
     merged, padded = _without_padding(merged, expected)
     findings = renamed + experts + padded + _names(merged, base, binding, aside=aside) + _forms(merged, base, binding)
     findings += _ties(merged, base, binding) + beside(merged)
+    return merged, _with_summary(findings, merged)
+
+
+def _check_quantized(
+    stored: Checkpoint, base: Checkpoint, binding: Binding, *, method: str
+) -> tuple[Checkpoint | None, list[Finding]]:
+    """Hold a quantized model's tensors against what its own configuration makes of the base's."""
+    dtypes = {name: info.dtype for name, info in base.tensors.items()}
+    merged, findings, aside = as_dequantized(stored, _expected_shapes(base, binding), dtypes)
+    if merged is None:
+        return None, findings or [Finding(code="weights_quantized", severity="error", params={"method": method})]
+    findings += _names(merged, base, binding, aside=aside) + _forms(merged, base, binding)
+    findings += _ties(merged, base, binding) + beside(merged)
+    return merged, _with_summary(findings, stored)
+
+
+def _with_summary(findings: list[Finding], merged: Checkpoint) -> list[Finding]:
+    """The findings, after one that says that all is there, where none is an error."""
     if not any(finding.severity == "error" for finding in findings):
         params = {
             "tensors": len(merged.tensors),
             "shards": len(merged.shards),
         }
-        findings.insert(0, Finding(code="structure_ok", severity="ok", params=params))
-    return merged, findings
+        return [Finding(code="structure_ok", severity="ok", params=params), *findings]
+    return findings
 
 
 def _expected_shapes(base: Checkpoint, binding: Binding) -> dict[str, tuple[int, ...] | None]:

@@ -19,26 +19,21 @@ against the base's byte for byte.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from itertools import islice
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tunesmith.allocator import keep_freed_memory
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, TensorInfo, as_float64
 from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress
 from tunesmith.verify.records import TensorVerdict
 from tunesmith.verify.weights.expected import Expectation, Expected, Interval, Matrix, early_rounding
 from tunesmith.verify.weights.kernel import available, tally_bf16
+from tunesmith.verify.weights.parts import Part, in_order, own_or_given, settle_in
 from tunesmith.verify.weights.rounding import is_nearest, with_neighbours
 
 FEW_ELEMENTS = 64
@@ -98,6 +93,7 @@ def check_weights(
     merged: Checkpoint,
     expectation: Expectation,
     *,
+    without: Collection[str] = (),
     sample: bool = False,
     executor: Executor | None = None,
     progress: ProgressCallback,
@@ -108,6 +104,7 @@ def check_weights(
     Args:
         merged: the merged model.
         expectation: what it should hold.
+        without: tensors to pass over, such as those that are stored as codes.
         sample: only look at the first, the last and another tile of each tensor.
         executor: what classifies the parts; None for a pool of threads, one a core.
         progress: told of elements done.
@@ -116,36 +113,18 @@ def check_weights(
     Returns:
         One verdict a tensor, in the base's order, new tensors last; their counts are of what was looked at.
     """
-    stored = merged.tensors
+    stored = {name: info for name, info in merged.tensors.items() if name not in without}
     names = [name for name in expectation.names if name in stored and _comparable(stored[name], expectation)]
-    parts = [part for name in names for part in _parts(expectation, name, sample=sample)]
+    parts = [part for name in names for part in parts_of(expectation, name, sample=sample)]
     total = sum(part.elements for part in parts)
     report = SharedProgress("verify weights", total, "elements", progress=progress, cancellation=cancellation)
     parts = [replace(part, compiled=True) for part in parts] if _pays_to_compile(parts, expectation) else parts
     tallies = {name: Tally() for name in names}
-    with threadpool_limits(1), _own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
-        for part, tally in zip(parts, _tallies(pool, merged, expectation, parts, report, own=own), strict=True):
+    with threadpool_limits(1), own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
+        job = partial(tally_part, merged, expectation)
+        for part, tally in zip(parts, in_order(pool, job, parts, report, own=own), strict=True):
             tallies[part.name].add(tally)
     return tuple(tallies[name].verdict(name, expectation.tensor(name).module) for name in names)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of one tensor, classified by themselves.
-
-    Attributes:
-        name: the tensor.
-        start: the first row.
-        stop: the row to stop before.
-        elements: how many numbers they hold.
-        compiled: whether to use the compiled arithmetic; the counts are the same.
-    """
-
-    name: str
-    start: int
-    stop: int
-    elements: int
-    compiled: bool = False
 
 
 def _pays_to_compile(parts: Sequence[Part], expectation: Expectation) -> bool:
@@ -154,7 +133,8 @@ def _pays_to_compile(parts: Sequence[Part], expectation: Expectation) -> bool:
     return changed > _PAYS_TO_COMPILE and available()
 
 
-def _parts(expectation: Expectation, name: str, *, sample: bool) -> list[Part]:
+def parts_of(expectation: Expectation, name: str, *, sample: bool) -> list[Part]:
+    """The parts of one tensor; of a sample, the first, the last and another."""
     expected = expectation.tensor(name)
     whole = Part(name, 0, expected.rows, expected.rows * expected.columns)
     if expected.whole_at_once or whole.elements == 0:
@@ -163,46 +143,6 @@ def _parts(expectation: Expectation, name: str, *, sample: bool) -> list[Part]:
     if sample:
         rows = sorted({rows[0], rows[zlib.crc32(name.encode()) % len(rows)], rows[-1]})
     return [Part(name, start, stop, (stop - start) * expected.columns) for start, stop in rows]
-
-
-@contextmanager
-def _own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
-    if executor is not None:
-        yield executor, False
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool, True
-
-
-def _tallies(
-    pool: Executor,
-    merged: Checkpoint,
-    expectation: Expectation,
-    parts: Sequence[Part],
-    report: SharedProgress,
-    *,
-    own: bool,
-) -> Iterator[Tally]:
-    """The parts' tallies in the parts' order, so that their sums are always the same; a bounded number at once."""
-    running: deque[tuple[Part, Future[Tally]]] = deque()
-    todo, most = iter(parts), 4 * (os.cpu_count() or 1)
-    try:
-        while True:
-            for part in islice(todo, most - len(running)):
-                told = (report.advance,) if own else ()
-                running.append((part, pool.submit(tally_part, merged, expectation, part, *told)))
-            if not running:
-                return
-            part, future = running.popleft()
-            tally = future.result()
-            if not own:
-                report.advance(part.elements, part.name)
-            yield tally
-    except BaseException:
-        report.failed.cancel()
-        for _, future in running:
-            future.cancel()
-        raise
 
 
 def tally_part(
@@ -219,21 +159,13 @@ def tally_part(
     Returns:
         The sums.
     """
-    keep_freed_memory()
-    if multiprocessing.parent_process() is not None:
-        _one_thread_of_blas()
+    settle_in()
     expected, total = expectation.tensor(part.name), Tally()
     for tally in _tiles_of(merged, expectation, expected, part):
         total.add(tally)
         if told is not None:
             told(tally.elements, part.name)
     return total
-
-
-@lru_cache(maxsize=1)
-def _one_thread_of_blas() -> None:
-    """In a worker process of a pool, for good: its siblings use the other cores.  Threads are the caller's matter."""
-    threadpool_limits(1)
 
 
 def _tiles_of(merged: Checkpoint, expectation: Expectation, expected: Expected, part: Part) -> Iterator[Tally]:

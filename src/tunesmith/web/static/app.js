@@ -10,7 +10,7 @@ const modules = Object.fromEntries(PAGES.map((name) => [name, () => import(`./pa
 // A job belongs to the page that can show it.
 const JOB_PAGES = {
   demo: "open", plan_training: "train", train: "train", checkpoints: "overview", cleanup: "overview", compare: "compare", evaluate: "compare",
-  merge: "merge", verify: "verify", report: "report",
+  merge: "merge", quantize: "merge", drift: "merge", gguf: "merge", push: "merge", verify: "verify", verify_gguf: "verify", report: "report",
 };
 
 const THEMES = ["auto", "light", "dark"];

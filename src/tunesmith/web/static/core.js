@@ -488,7 +488,7 @@ const jobs = shared([]);
 const details = new Map(); // id → {box, readers, stop}
 const MOST_DETAILS = 12; // results may be large
 const ENDED = new Set(["done", "failed", "cancelled"]);
-const WRITES = new Set(["demo", "train", "merge", "verify", "cleanup"]);
+const WRITES = new Set(["demo", "train", "merge", "quantize", "gguf", "verify", "cleanup"]);
 
 /** Whether a job has come to its end. */
 export const ended = (job) => ENDED.has(job?.state);

@@ -1,34 +1,45 @@
-// Merge: base and adapter become one model, after a look at what it takes, and with a way to stop it.
-import {
-  amend, api, ended, figure, formatSeconds, go, html, startJob, t, useEffect, useJob, useRun, useState,
-} from "../core.js";
-import { Button, Card, Command, ErrorBox, Field, Findings, Icon, Loading, PathInput, Rich, Select, Table, TextInput, confirmDialog, useKeys } from "../ui.js";
+// Merge & export: base and adapter become one model, and that model what others can load; each after a look at it.
+import { amend, ended, figure, formatSeconds, go, html, startJob, t, useJob, useRun, useState } from "../core.js";
+import { Button, Card, Command, ErrorBox, Field, Findings, Icon, Loading, PathInput, Rich, Select, Table, Tabs, TextInput, confirmDialog, useKeys } from "../ui.js";
 import { NoRun } from "./chat.js";
-import { Running } from "./compare.js";
-import { inRoot, useJobsOf, useKept, useRunOf } from "./variants.js";
+import { Drift } from "./drift.js";
+import { ExportJob, Preflight, useExports, useLook, useShownJob } from "./exports.js";
+import { Gguf } from "./gguf.js";
+import { Push } from "./push.js";
+import { Quantize } from "./quantize.js";
+import { inRoot, useKept, useRunOf } from "./variants.js";
 
 const DTYPES = ["auto", "bf16", "fp16", "fp32"];
 const ROUNDINGS = ["auto", "faithful", "nearest", "stochastic", "calibrated", "calibrated-free"];
-const LOOK_AFTER_MS = 700;
+const PANELS = { merge: Merge, quantize: Quantize, drift: Drift, gguf: Gguf, push: Push };
+const TABS = Object.keys(PANELS);
 
-/** The page: a form with what the merge takes beside it, then the merge. */
+/** The page: a tab for each form that a fine-tune is handed on in. */
 export default function Page({ query, session }) {
   const { run, base } = useRunOf(query, session);
   const { data, error } = useRun({ run, base });
-  const mine = useJobsOf(run, session).filter((job) => job.kind === "merge" && !job.params.dry_run);
-  const id = query.job || mine.find((job) => !ended(job))?.id;
-  const found = useJob(id);
-  const job = found?.params?.dry_run ? null : found; // the top bar leads to a look, too
-  if (!run) return html`<h1>${t("page.nav.merge")}</h1><${NoRun} />`;
-  if (error && !data) return html`<h1>${t("page.nav.merge")}</h1><${ErrorBox} error=${error} />`;
-  if (!data) return html`<h1>${t("page.nav.merge")}</h1><${Loading} text=${t("page.common.reading_run")} />`;
-  const form = { run, base, data, query, session };
+  const asked = useJob(query.job);
+  const title = html`<h1>${t("page.export.title")}</h1>`;
+  if (!run) return html`${title}<${NoRun} />`;
+  if (error && !data) return html`${title}<${ErrorBox} error=${error} />`;
+  if (!data) return html`${title}<${Loading} text=${t("page.common.reading_run")} />`;
+  const tab = TABS.find((name) => name === query.tab) ?? TABS.find((name) => name === asked?.kind) ?? "merge";
+  const tabs = TABS.map((key) => ({ key, title: t(`page.export.tab.${key}`), testid: `export-tab-${key}` }));
   return html`<div class="merge-page">
-    <h1>${t("page.nav.merge")}</h1>
-    <p class="intro">${t("page.merge.intro")}</p>
-    ${job && html`<${MergeJob} job=${job} root=${session?.root} />`}
-    ${job?.state === "done" ? html`<${Another} ...${form} />` : (!job || ended(job)) && html`<${Form} ...${form} />`}
+    ${title}
+    <${Tabs} tabs=${tabs} value=${tab} label=${t("page.export.title")} onchange=${(next) => amend({ tab: next, job: null })}>
+      <p class="intro">${t(`page.${tab}.intro`)}</p>
+      <${PANELS[tab]} key=${tab} run=${run} base=${base} data=${data} query=${query} session=${session} />
+    <//>
   </div>`;
+}
+
+function Merge(form) {
+  const mine = useExports("merge", form);
+  const job = useShownJob("merge", form.query, mine.find((one) => !ended(one)));
+  return html`
+    <${ExportJob} job=${job} name="merge" title=${t("page.merge.running")} cancelled=${t("page.merge.cancelled")} done=${(ended) => html`<${Done} job=${ended} merged=${ended.result} root=${form.session?.root} />`} />
+    ${job?.state === "done" ? html`<${Another} ...${form} />` : (!job || ended(job)) && html`<${Form} ...${form} />`}`;
 }
 
 /** The form again, behind a fold: it looks at the disk only once it is opened. */
@@ -40,6 +51,12 @@ function Another(form) {
 /** Where a merge goes unless somewhere else is asked for: beside the run. */
 const proposed = (path, checkpoint) => `${path.replace(/[\\/]+$/, "")}-${checkpoint === "final" ? "" : `${checkpoint}-`}merged`;
 
+const FACTS = (plan) => [
+  ["merge.updated", t("merge.updated_of", { count: plan.changed, total: plan.tensors }), null],
+  ["merge.dtype", plan.dtype, null],
+  ["merge.rounding", t(`merge.rounding.${plan.rounding}`), null],
+];
+
 function Form({ run, base, data, query, session }) {
   const saved = data.inspection.run.checkpoints;
   const defaults = session?.defaults?.merge || {};
@@ -48,7 +65,7 @@ function Form({ run, base, data, query, session }) {
   const form = { base, dtype: defaults.dtype || "auto", rounding: defaults.rounding || "auto", shard_size: "", out: proposed(run, checkpoint), ...own, checkpoint };
   const set = (part) => setOwn((before) => ({ ...before, ...part }));
   const params = { run, base: form.base || null, checkpoint, out: form.out, dtype: form.dtype, rounding: form.rounding, shard_size: form.shard_size.trim() || null };
-  const look = useLook(params);
+  const look = useLook("merge", params, Boolean(form.out.trim()));
   const [error, setError] = useState(null);
   const start = async () => {
     const force = Boolean(look.plan?.preflight.target_not_empty);
@@ -79,7 +96,7 @@ function Form({ run, base, data, query, session }) {
       <${Field} label=${t("merge.rounding")} hint=${t(`page.merge.rounding.${form.rounding}.about`)}><${Select} testid="merge-rounding" value=${form.rounding} options=${options(ROUNDINGS, "rounding")} onchange=${(rounding) => set({ rounding })} /><//>
     <//>
     <${Card} title=${t("page.merge.preflight")}>
-      <${Preflight} look=${look} session=${session} />
+      <${Preflight} look=${look} session=${session} facts=${FACTS} />
       ${error && html`<${ErrorBox} error=${error} />`}
       <div class="start-row"><${Button} kind="primary" testid="merge-start" disabled=${!ready} onclick=${start}>${t("page.merge.start")}<//>
         <span class="quiet">${t("page.merge.atomic")}</span></div>
@@ -87,86 +104,10 @@ function Form({ run, base, data, query, session }) {
   </div>`;
 }
 
-/** A dry run of the form as it stands, begun when typing rests, and forgotten once it has been read. */
-function useLook(params) {
-  const [state, setState] = useState({});
-  const [id, setId] = useState(null);
-  const key = JSON.stringify(params);
-  const job = useJob(id);
-  useEffect(() => {
-    setState((before) => ({ ...before, busy: true, error: null }));
-    let made = null;
-    let gone = false;
-    const timer = setTimeout(() => {
-      if (!params.out.trim()) return;
-      startJob("merge", { ...params, dry_run: true }).then(
-        (started) => {
-          made = started.id;
-          if (gone) forget(made);
-          else setId(made);
-        },
-        (error) => !gone && setState({ error: error }),
-      );
-    }, LOOK_AFTER_MS);
-    return () => {
-      gone = true;
-      clearTimeout(timer);
-      if (made) forget(made);
-    };
-  }, [key]);
-  useEffect(() => {
-    if (!job || job.id !== id || !ended(job) || job.lost) return;
-    setState(job.state === "done" ? { plan: job.result, command: job.command } : { error: job.error });
-    setId(null);
-    forget(job.id, true);
-  }, [job?.state, id]);
-  return { ...state, queued: job?.state === "queued" };
-}
-
-const forgotten = new Set();
-
-/** Take a dry run off the server's list; one that is still at work is stopped first. */
-function forget(id, over = false) {
-  if (forgotten.has(id)) return;
-  forgotten.add(id);
-  const drop = () => api.delete(`jobs/${id}`).catch(() => null);
-  if (over) drop();
-  else api.post(`jobs/${id}/cancel`).then(() => setTimeout(drop, LOOK_AFTER_MS), () => null);
-}
-
-function Preflight({ look, session }) {
-  if (look.error) return html`<${ErrorBox} error=${look.error} />`;
-  if (!look.plan) return html`<p class="quiet" role="status">${t(look.queued ? "page.merge.look_queued" : "page.merge.looking")}</p>`;
-  const { plan } = look;
-  const memory = session?.memory_free_bytes;
-  const rows = [
-    ["page.merge.disk", t(plan.free_bytes === null ? "page.merge.disk_unknown" : "page.merge.disk_of", { need: plan.write_bytes, free: plan.free_bytes }), plan.free_bytes === null || plan.free_bytes > plan.write_bytes],
-    ["page.merge.memory", t(memory ? "page.merge.disk_of" : "page.merge.disk_unknown", { need: plan.memory_bytes, free: memory }), !memory || memory > plan.memory_bytes],
-    ["page.merge.target", t(plan.preflight.target_not_empty ? "page.merge.target_full" : "page.merge.target_free"), plan.preflight.target_not_empty ? "warn" : true],
-    ["page.merge.time", t("page.merge.about", { time: formatSeconds(plan.seconds) }), null],
-    ["merge.updated", t("merge.updated_of", { count: plan.changed, total: plan.tensors }), null],
-    ["merge.dtype", plan.dtype, null],
-    ["merge.rounding", t(`merge.rounding.${plan.rounding}`), null],
-  ];
-  return html`<dl class="facts">${rows.map(([key, value, good]) => html`
-      <div><dt>${t(key)}</dt><dd class=${{ warn: "is-warn", false: "is-bad" }[good] ?? ""}>
-        ${good !== null && html`<span class=${good === true ? "is-good" : ""} aria-hidden="true">${{ true: "✓ ", false: "✗ ", warn: "! " }[good]}</span>`}${value}</dd></div>`)}</dl>
-    ${plan.warnings.length > 0 && html`<${Findings} findings=${plan.warnings} />`}
-    ${look.command && html`<p class="label">${t("page.common.command")}</p><${Command} text=${look.command.replace(/ --dry-run\b/, plan.preflight.target_not_empty ? " --force" : "")} />`}`;
-}
-
-function MergeJob({ job, root }) {
-  if (job.lost) return html`<p class="quiet">${t("page.job.lost")}</p>`;
-  if (job.state === "failed") return html`<${ErrorBox} error=${job.error} />`;
-  if (job.state === "cancelled") return html`<p class="note" role="status" data-testid="merge-cancelled">${t("page.merge.cancelled")}</p>`;
-  if (ended(job)) return html`<${Done} job=${job} merged=${job.result} root=${root} />`;
-  return html`<${Card} title=${t("page.merge.running")}><${Running} job=${job} testid="merge-progress" stopid="merge-cancel" stop=${t("page.merge.cancel")} />
-    <p class="label">${t("page.common.command")}</p><${Command} text=${job.command} /><//>`;
-}
-
 function Done({ job, merged, root }) {
   const { plan, kept, nearest } = merged;
-  const verified = { merged: inRoot(plan.out, root), variant: plan.adapters[0].checkpoint, ...(job.params.base ? { base: job.params.base } : {}) };
+  const out = inRoot(plan.out, root);
+  const verified = { merged: out, variant: plan.adapters[0].checkpoint, ...(job.params.base ? { base: job.params.base } : {}) };
   const told = [...plan.warnings, ...merged.findings];
   const rows = plan.rounding === "nearest" ? [["merge.chosen", kept]] : [["merge.chosen", kept], ["merge.nearest", nearest]];
   const size = merged.receipts.reduce((sum, one) => sum + one.size_bytes, 0);
@@ -185,6 +126,8 @@ function Done({ job, merged, root }) {
     ]} />
     ${rows.length > 1 && html`<p class="note">${t("merge.kept.note")}</p>`}
     ${told.length > 0 && html`<${Findings} findings=${told} />`}
+    <div class="start-row"><${Button} testid="to-gguf" onclick=${() => amend({ tab: "gguf", job: null, source: out })}>${t("page.export.to_gguf")}<//>
+      <${Button} testid="to-push" onclick=${() => amend({ tab: "push", job: null, source: out })}>${t("page.export.to_push")}<//></div>
     <details class="elsewhere"><summary>${t("page.common.command")}</summary><${Command} text=${job.command} /></details>
   </section>`;
 }

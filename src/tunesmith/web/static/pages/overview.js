@@ -77,9 +77,10 @@ function First({ data, query }) {
   </section>`;
 }
 
-const Merged = ({ merged }) =>
-  merged?.length > 0 &&
-  html`<${Card} title=${t("page.overview.merged")}><ul class="plain-list">${merged.map((one) => html`<li key=${one.path}><${Verbatim}>${one.path}<//> ${one.certificate ? html`<span class="tag">${hasText(`verdict.${one.certificate}`) ? t(`verdict.${one.certificate}`) : one.certificate}</span>` : html`<span class="quiet">${t("verdict.not_verified")}</span>`} <a href=${link("verify", { merged: one.path })}>${t("page.overview.verify")}</a></li>`)}</ul><//>`;
+const Merged = ({ merged = [], gguf = [] }) =>
+  merged.length + gguf.length > 0 &&
+  html`<${Card} title=${t("page.overview.merged")}><ul class="plain-list">${merged.map((one) => html`<li key=${one.path}><${Verbatim}>${one.path}<//> ${one.kind === "quantized" && html`<span class="quiet">${t("page.export.kind.quantized")} ${one.scheme}</span> `}${one.certificate ? html`<span class="tag">${hasText(`verdict.${one.certificate}`) ? t(`verdict.${one.certificate}`) : one.certificate}</span>` : html`<span class="quiet">${t("verdict.not_verified")}</span>`} <a href=${link("verify", { merged: one.path })}>${t("page.overview.verify")}</a></li>`)}
+    ${gguf.map((one) => html`<li key=${one.path}><${Verbatim}>${one.path}<//> <span class="quiet">GGUF · ${formatBytes(one.size_bytes)}</span> <a href=${link("verify", { merged: one.path })}>${t("page.overview.verify")}</a></li>`)}</ul><//>`;
 
 // --- The loss ------------------------------------------------------------------------------------------------------
 
@@ -363,7 +364,7 @@ export default function Page({ query, session }) {
       <p class="intro"><${Verbatim}>${run.base_model ?? "–"}<//> · ${whatItIs(run, adapter)}</p>
     </div></div>
     <${First} data=${data} query=${query} />
-    <${Merged} merged=${data.merged} />
+    <${Merged} merged=${data.merged} gguf=${data.gguf} />
     <${Loss} spec=${data.charts?.loss} run=${run} />
     <${Checkpoints} run=${run} query=${query} session=${session} />
     <${Trained} inspection=${data.inspection} />

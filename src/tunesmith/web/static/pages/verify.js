@@ -3,11 +3,14 @@ import { amend, currentLang, ended, figure, formatNumber, formatSeconds, go, htm
 import { Button, Card, Chart, Command, ErrorBox, Field, FindingText, Findings, Icon, Loading, PathInput, Rich, Select, Table, Verbatim, useKeys } from "../ui.js";
 import { NoRun } from "./chat.js";
 import { Running } from "./compare.js";
+import { kindText } from "./exports.js";
+import { GgufVerdict } from "./gguf.js";
 import { inRoot, useJobsOf, useKept, useRunOf } from "./variants.js";
 
 const LEVELS = ["structure", "assets", "weights", "behaviour"];
 const CLASSES = ["exact", "faithful", "twice_rounded", "outside"];
-const TONES = { identical: "pass", equal_within_rounding: "pass", different: "fail", not_verified: "skipped" };
+const CODES = ["nearest", "twice_rounded", "saturated", "neighbour", "further"];
+const TONES = { identical: "pass", equal_within_rounding: "pass", equal_within_quantization: "pass", different: "fail", not_verified: "skipped" };
 const ICONS = { pass: "ok", warn: "warning", fail: "error", skipped: "info" };
 const WORST = 8;
 
@@ -30,11 +33,12 @@ export default function Page({ query, session }) {
 }
 
 function Form({ run, base, data, query, again }) {
-  const merged = data.merged || [];
+  const merged = [...(data.merged || []), ...(data.gguf || []).map((one) => ({ ...one, kind: "gguf" }))];
+  const models = (data.merged || []).filter((one) => one.kind === "model");
   const saved = data.inspection.run.checkpoints;
   const [own, setOwn] = useKept(`verify.${run}`, {});
   const form = {
-    directory: merged[0]?.path || "", levels: LEVELS, ...own, ...(query.merged ? { directory: query.merged } : {}),
+    directory: merged[0]?.path || "", levels: LEVELS, model: "", ...own, ...(query.merged ? { directory: query.merged } : {}),
     checkpoint: (saved.find((one) => one.name === query.variant) || saved.at(-1))?.name || "final",
   };
   const set = (part) => setOwn((before) => ({ ...before, ...part }));
@@ -43,19 +47,22 @@ function Form({ run, base, data, query, again }) {
     if (query.merged) amend({ merged: null });
   };
   const [error, setError] = useState(null);
-  const start = () =>
-    startJob("verify", { run, directory: form.directory.trim(), base: base || null, checkpoint: form.checkpoint, levels: form.levels.length === LEVELS.length ? null : form.levels, prompts_file: null }).then(
-      (job) => { setError(null); amend({ job: job.id }); },
-      setError,
-    );
-  const ready = form.directory.trim() && form.levels.length > 0;
+  const gguf = form.directory.trim().endsWith(".gguf");
+  const model = form.model.trim() || models[0]?.path || "";
+  const proveFile = () => startJob("verify_gguf", { directory: model, file: form.directory.trim(), base: base || null, levels: form.levels.length === LEVELS.length ? null : form.levels });
+  const prove = () => gguf ? proveFile() :
+    startJob("verify", { run, directory: form.directory.trim(), base: base || null, checkpoint: form.checkpoint, levels: form.levels.length === LEVELS.length ? null : form.levels, prompts_file: null });
+  const start = () => prove().then((job) => { setError(null); amend({ job: job.id }); }, setError);
+  const ready = form.directory.trim() && form.levels.length > 0 && (!gguf || model);
   useKeys({ run: ready ? start : null });
   const toggle = (name) => set({ levels: LEVELS.filter((level) => (level === name ? !form.levels.includes(name) : form.levels.includes(level))) });
   return html`<${Card} title=${t(again ? "page.verify.again" : "page.verify.form")}>
     <${Field} label=${t("page.verify.directory")} hint=${t("page.verify.directory_hint")}><${PathInput} pick="folder" testid="verify-directory" value=${form.directory} onchange=${choose} /><//>
     ${merged.length > 0 && html`<div class="chips" role="group" aria-label=${t("page.verify.found")}>
-      ${merged.map((one) => html`<button type="button" class="chip" aria-pressed=${one.path === form.directory} onclick=${() => choose(one.path)}><${Verbatim}>${one.path}<//></button>`)}</div>`}
-    <${Field} label=${t("merge.adapter")}><${Select} testid="verify-checkpoint" value=${form.checkpoint} options=${saved.map((one) => ({ value: one.name, label: one.name }))} onchange=${(variant) => amend({ variant })} /><//>
+      ${merged.map((one) => html`<button type="button" class="chip" aria-pressed=${one.path === form.directory} onclick=${() => choose(one.path)}><${Verbatim}>${one.path}<//>${one.kind !== "model" && html` <span class="quiet">${kindText(one)}</span>`}</button>`)}</div>`}
+    ${gguf
+      ? html`<${Field} label=${t("page.verify.model")} hint=${t("page.verify.model_hint")}><${PathInput} pick="folder" testid="verify-model" value=${form.model} placeholder=${models[0]?.path ?? ""} onchange=${(next) => set({ model: next })} /><//>`
+      : html`<${Field} label=${t("merge.adapter")}><${Select} testid="verify-checkpoint" value=${form.checkpoint} options=${saved.map((one) => ({ value: one.name, label: one.name }))} onchange=${(variant) => amend({ variant })} /><//>`}
     <fieldset class="levels-choice"><legend>${t("page.verify.levels")}</legend>
       ${LEVELS.map((name) => html`<label><input type="checkbox" checked=${form.levels.includes(name)} onchange=${() => toggle(name)} data-testid=${`level-${name}`} />
         <span><strong>${t(`level.${name}`)}</strong> <span class="quiet">${t(`level.${name}.proves`)}</span></span></label>`)}
@@ -73,6 +80,7 @@ function VerifyJob({ job }) {
   if (job.state === "failed") return html`<${ErrorBox} error=${job.error} />`;
   if (job.state === "cancelled") return html`<p class="note" role="status">${t("page.verify.cancelled")}</p>`;
   if (!ended(job)) return html`<${Card} title=${t("page.verify.running")}><${Running} job=${job} testid="verify-progress" stopid="verify-cancel" /><${Command} text=${job.command} label=${t("page.common.command")} /><//>`;
+  if (job.kind === "verify_gguf") return html`<${GgufVerdict} verdict=${job.result} /><${Command} text=${job.command} label=${t("page.common.command")} />`;
   return html`<${Verdict} job=${job} verdict=${job.result} charts=${job.result.charts || {}} />`;
 }
 
@@ -82,6 +90,7 @@ export function Verdict({ job, verdict, charts }) {
     <${Banner} job=${job} verdict=${verdict} />
     <ol class="tiles" aria-label=${t("page.verify.levels")}>${LEVELS.map((name) => html`<${Tile} key=${name} name=${name} level=${verdict.levels.find((one) => one.name === name)} />`)}</ol>
     <${Reference} />
+    ${verdict.quantized?.length > 0 && html`<${Codes} quantized=${verdict.quantized} />`}
     ${verdict.tensors.length > 0 && html`<${Weights} verdict=${verdict} charts=${charts} />`}
     ${verdict.behaviour.length > 0 && html`<${Behaviour} verdict=${verdict} />`}
     <${Command} text=${job.command} label=${t("page.common.command")} />`;
@@ -111,6 +120,31 @@ function Tile({ name, level }) {
     <p class="tile-passes"><span class="label">${t("page.verify.passes")}</span> ${t(`page.verify.passes.${name}`)}</p>
     ${level?.findings.length > 0 && html`<${Findings} findings=${level.findings} />`}
   </li>`;
+}
+
+/** Every code of a quantized model by what explains it, and the layers that lost most. */
+function Codes({ quantized }) {
+  const [most, setMost] = useState(WORST);
+  const sum = (name) => quantized.reduce((all, one) => all + one[name], 0);
+  const elements = sum("elements");
+  const worst = [...quantized].sort((a, b) => (b.relative_error ?? 0) - (a.relative_error ?? 0));
+  return html`<section class="weights" data-testid="verify-codes"><h2>${t("verify.codes")}</h2>
+    <p class="intro">${t("verify.codes_summary", { scheme: [...new Set(quantized.map((one) => one.scheme))].join(", "), tensors: quantized.length, elements })}</p>
+    <${Table} label=${t("verify.codes")} rows=${CODES.map((name) => ({ key: name, name, count: sum(name) }))} columns=${[
+      { key: "class", title: t("verify.class"), kind: "nowrap", render: ({ name }) => t(`verify.codes.${name}`) },
+      { key: "count", title: t("verify.count"), numeric: true, render: ({ count }) => formatNumber(count) },
+      { key: "share", title: t("verify.share"), numeric: true, render: ({ count }) => share(count, elements) },
+      { key: "meaning", title: t("verify.meaning"), render: ({ name }) => t(`verify.codes.${name}.what`) },
+    ]} />
+    <h3>${t("verify.codes.worst")}</h3>
+    <${Table} label=${t("verify.codes.worst")} rows=${worst.slice(0, most).map((one) => ({ key: one.name, ...one }))} columns=${[
+      { key: "name", title: t("verify.tensor"), kind: "tensor-name", render: (one) => html`<${Verbatim}>${one.name}<//>` },
+      { key: "elements", title: t("verify.count"), numeric: true, render: (one) => formatNumber(one.elements) },
+      { key: "relative_error", title: t("merge.relative_error"), numeric: true, render: (one) => figure(one.relative_error) },
+      { key: "gain", title: "gain", numeric: true, render: (one) => (one.gain === null ? "–" : `${figure(one.gain)} ± ${figure(one.gain_error)}`) },
+    ]} />
+    ${worst.length > most && html`<${Button} onclick=${() => setMost(most + 50)}>${t("verify.more_tensors", { count: worst.length - most })}<//>`}
+  </section>`;
 }
 
 /** A heatmap whose fields say their numbers in words and in three digits. */

@@ -1,0 +1,96 @@
+"""How the tiles of many tensors are shared out over threads or processes, and told of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from tunesmith.allocator import keep_freed_memory
+from tunesmith.progress import SharedProgress
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor, classified by themselves.
+
+    Attributes:
+        name: the tensor.
+        start: the first row.
+        stop: the row to stop before.
+        elements: how many numbers they hold.
+        compiled: whether to use the compiled arithmetic; the counts are the same.
+    """
+
+    name: str
+    start: int
+    stop: int
+    elements: int
+    compiled: bool = False
+
+
+@contextmanager
+def own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
+    """The caller's executor, or threads of ours, one a core; and whether it is ours."""
+    if executor is not None:
+        yield executor, False
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool, True
+
+
+def in_order(
+    pool: Executor, job: Callable[..., T], parts: Sequence[Part], report: SharedProgress, *, own: bool
+) -> Iterator[T]:
+    """The parts' results in the parts' order, so that their sums are always the same; a bounded number at once.
+
+    Args:
+        pool: what does the work.
+        job: called with a part, and in threads of ours with what is to be told of elements done; picklable.
+        parts: what there is to do.
+        report: told of elements done.
+        own: whether the pool is one of threads of ours.
+    """
+    running: deque[tuple[Part, Future[T]]] = deque()
+    todo, most = iter(parts), 4 * (os.cpu_count() or 1)
+    try:
+        while True:
+            for part in islice(todo, most - len(running)):
+                told = (report.advance,) if own else ()
+                running.append((part, pool.submit(job, part, *told)))
+            if not running:
+                return
+            part, future = running.popleft()
+            result = future.result()
+            if not own:
+                report.advance(part.elements, part.name)
+            yield result
+    except BaseException:
+        report.failed.cancel()
+        for _, future in running:
+            future.cancel()
+        raise
+
+
+def settle_in() -> None:
+    """What a thread or a process does before its first tile."""
+    keep_freed_memory()
+    if multiprocessing.parent_process() is not None:
+        _one_thread_of_blas()
+
+
+@lru_cache(maxsize=1)
+def _one_thread_of_blas() -> None:
+    """In a worker process of a pool, for good: its siblings use the other cores.  Threads are the caller's matter."""
+    threadpool_limits(1)
