@@ -308,7 +308,7 @@ def drift_spec(drift: Drift, lang: str = "en") -> Spec | None:
     y = {**y, "axis": {"format": "~g", "values": [10.0**place for place in decades]}}
     layers = _drift_limit(drift, y, lang)
     for name in ("in_domain", "general"):
-        layers += _drift_series([point for point in points if point["set"] == name], x, y, drift)
+        layers += _drift_series([point for point in points if point["set"] == name], x, y, drift, lang)
     return _chart({"width": 720, "height": 280, "layer": [*layers, *_drift_labels(points, x, y)]})
 
 
@@ -362,7 +362,7 @@ def _drift_points(drift: Drift, lang: str) -> list[Spec]:
     return points
 
 
-def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift) -> list[Spec]:
+def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift, lang: str) -> list[Spec]:
     """One set of texts: bars and points, a little beside each other."""
     if not points:
         return []
@@ -371,10 +371,12 @@ def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift) -> list[Sp
     shift = (-4 if inside else 4) if both else 0
     color = _HELD_OUT if inside else _TRAIN
     mark = {"type": "point", "size": 75, "strokeWidth": 2, "opacity": 1, "xOffset": shift}
-    words = {"datum": points[0]["texts"], "type": "nominal"}
+    words = {"field": "texts", "type": "nominal", "title": None}
+    names = [text(f"chart.drift.{name}", lang) for name in ("in_domain", "general")]
     colors, shapes = [_HELD_OUT, _TRAIN], ["circle", "diamond"]
     if not both:
-        colors, shapes = [color], ["circle" if inside else "diamond"]
+        kept = slice(0, 1) if inside else slice(1, 2)
+        names, colors, shapes = names[kept], colors[kept], shapes[kept]
     return [
         {
             "data": {"values": points},
@@ -387,8 +389,8 @@ def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift) -> list[Sp
             "encoding": {
                 "x": x,
                 "y": y,
-                "shape": {**words, "scale": {"range": shapes}},
-                "color": {**words, "scale": {"range": colors}},
+                "shape": {**words, "scale": {"domain": names, "range": shapes}},
+                "color": {**words, "scale": {"domain": names, "range": colors}},
             },
         },
     ]
