@@ -712,3 +712,25 @@ def test_nothing_is_written_to_the_terminal(
     text += encode_calibration_rows(variants, "final", [row(0, "hi")])
     record_inputs(variants, "final", text, MODULES, tmp_path / "inputs")
     assert capfd.readouterr() == ("", "")
+
+
+def test_bare_text_comes_after_the_conversations_and_outside_of_them(variants: VariantSet) -> None:
+    """The conversations are those that there are without it; what is bare does not begin as they all do."""
+    chats = write_calibration_text(variants, "final", sequences=3, tokens=32)
+    both = write_calibration_text(variants, "final", sequences=3, bare=5, tokens=32)
+    assert both[:3] == chats
+    opening = next(n for n in range(1, 32) if len({text[: n + 1] for text in chats}) > 1)
+    assert opening > 1
+    assert [text for text in both[3:] if text[:opening] == chats[0][:opening]] == []
+    assert [len(text) <= 32 for text in both[3:]] == [True] * 5
+
+
+def test_bare_text_begins_with_no_token_that_opens_a_turn(variants: VariantSet) -> None:
+    """As in ChatML, whose first token is a turn's first too; elsewhere it begins as every text does."""
+    with variants.active("final") as (_, tokenizer):
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        usual = MODULE._plain_starts(tokenizer, 4, None)
+        loose = MODULE._plain_starts(tokenizer, 4, None, opens_turns={first})
+    assert [row[0] for row in usual] == [first] * 4
+    assert [first in row for row in loose] == [False] * 4
+    assert all(loose)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -166,16 +166,9 @@ def _merge(params: MergeParams, places: Places, _: Desk) -> Work:
     out = places.resolve(params.out, must_exist=False)
     names = ("checkpoint", "dtype", "rounding", "shard_size")
     asked = given(ts.plan_merge, **{name: getattr(params, name) for name in names})
-    occupied = is_occupied(out)
 
-    def call(job: Reporter) -> Any:
-        # A plan may be looked at where the target is not empty; that is one of the things it tells.
-        force = params.force or (params.dry_run and occupied)
-        plan = ts.plan_merge(run, out, base=base, **asked, force=force, progress=job.progress)
-        if params.dry_run:
-            return plan
-        with worker_processes(plan.write_bytes) as executor:
-            return ts.merge(plan, executor=executor, progress=job.progress, cancellation=job.cancellation)
+    def plan(job: Reporter, force: bool) -> ts.MergePlan:
+        return ts.plan_merge(run, out, base=base, **asked, force=force, progress=job.progress)
 
     line = command(
         "merge",
@@ -186,12 +179,7 @@ def _merge(params: MergeParams, places: Places, _: Desk) -> Work:
         force=params.force,
         dry_run=params.dry_run,
     )
-    return Work(
-        command=line,
-        call=call,
-        needs_model=_calibrates(params),
-        result=(lambda plan: planned(plan, occupied=occupied)) if params.dry_run else _written,
-    )
+    return _planned_work(line, params, out, plan=plan, do=ts.merge)
 
 
 def _quantize(params: QuantizeParams, places: Places, _: Desk) -> Work:
@@ -202,17 +190,11 @@ def _quantize(params: QuantizeParams, places: Places, _: Desk) -> Work:
     calibration = maybe(places, params.calibration)
     names = ("checkpoint", "scheme", "rounding")
     asked = given(ts.plan_quantization, **{name: getattr(params, name) for name in names})
-    occupied = is_occupied(out)
 
-    def call(job: Reporter) -> Any:
-        force = params.force or (params.dry_run and occupied)
-        plan = ts.plan_quantization(
+    def plan(job: Reporter, force: bool) -> ts.QuantizationPlan:
+        return ts.plan_quantization(
             source, out, base=base, **asked, calibration=calibration, force=force, progress=job.progress
         )
-        if params.dry_run:
-            return plan
-        with worker_processes(plan.read_bytes) as executor:
-            return ts.quantize(plan, executor=executor, progress=job.progress, cancellation=job.cancellation)
 
     line = command(
         "quantize",
@@ -224,11 +206,33 @@ def _quantize(params: QuantizeParams, places: Places, _: Desk) -> Work:
         force=params.force,
         dry_run=params.dry_run,
     )
+    return _planned_work(line, params, out, plan=plan, do=ts.quantize)
+
+
+def _planned_work(
+    line: str,
+    params: MergeParams | QuantizeParams,
+    out: Path,
+    *,
+    plan: Callable[[Reporter, bool], Any],
+    do: Callable[..., Any],
+) -> Work:
+    """A plan that is only shown, or carried out by processes of its own."""
+    occupied = is_occupied(out)
+
+    def call(job: Reporter) -> Any:
+        # A plan may be looked at where the target is not empty; that is one of the things it tells.
+        made = plan(job, params.force or (params.dry_run and occupied))
+        if params.dry_run:
+            return made
+        with worker_processes(made.write_bytes) as executor:
+            return do(made, executor=executor, progress=job.progress, cancellation=job.cancellation)
+
     return Work(
         command=line,
         call=call,
         needs_model=_calibrates(params),
-        result=(lambda plan: planned(plan, occupied=occupied)) if params.dry_run else _written,
+        result=(lambda made: planned(made, occupied=occupied)) if params.dry_run else _written,
     )
 
 

@@ -43,6 +43,7 @@ KEPT_JOBS = 50
 MOST_QUEUED = 20
 HEARTBEAT_SECONDS = 10.0
 _NICENESS = 10
+_NICEST = 19
 _PROGRESS_SECONDS = 0.1
 _RATE_SECONDS = 8.0
 _MOST_LINES = 500
@@ -253,7 +254,9 @@ def _step_back() -> None:
     Linux keeps a niceness for every thread, which those that it starts inherit: sched(7).
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        # From where it stands: to go back up to a fixed number is forbidden where the server itself was started nice.
+        os.setpriority(os.PRIO_PROCESS, thread, min(_NICEST, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS))
 
 
 class Jobs:
