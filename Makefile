@@ -22,8 +22,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## Tune, compare, merge and verify the embedded model; ends with demo/report.html.
 	$(BIN)/tunesmith demo --out demo --force
 
-test: $(READY) ## Run the default test suite, offline.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: $(READY) ## Run the default test suite, offline, on every core.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(READY) ## What a developer runs before a commit.
 	$(BIN)/ruff format --check

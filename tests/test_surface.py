@@ -55,6 +55,7 @@ CLI_ONLY = {
     ("drift", "out"): "the library returns the record",
     ("evaluate", "out"): "the library returns the record",
     ("gguf", "check"): "what the library's verify_gguf is given",
+    ("verify", "base_gguf"): "the library's verify_gguf",
     ("gguf", "out"): "required in the library; with --check nothing is written",
     ("gguf", "verify"): "the library's verify_gguf",
     ("inspect", "apply"): "the library's apply_cleanup",

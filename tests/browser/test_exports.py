@@ -55,6 +55,22 @@ def test_a_model_is_quantized_and_what_it_lost_is_shown(visit: Visit, site: Serv
     assert CJK.search(shown(page, "drift-table"))
 
 
+def test_a_view_of_the_base_goes_into_the_command_and_into_its_proof(visit: Visit, site: Served) -> None:
+    """The page's own proof is of the stored base, so the done card has the line to type in its place."""
+    page = visit(f"{PAGE}&tab=quantize")
+    page.get_by_test_id("quantize-out").fill("run-seen")
+    page.get_by_test_id("quantize-view").select_option("nf4-double")
+    page.get_by_text(
+        "tunesmith quantize run --out run-seen --base base --scheme int8 --base-view nf4-double"
+    ).wait_for()
+    page.get_by_test_id("quantize-start").click()
+    shown(page, "quantize-done")
+    page.get_by_text("tunesmith verify run run-seen --base base --base-view nf4-double").wait_for()
+    assert '"view": "nf4-double"' in (site.root / "run-seen" / "tunesmith-certificate.json").read_text("utf-8")
+    assert page.get_by_test_id("verify-now").count() == 0
+    assert page.get_by_test_id("to-push").is_visible()
+
+
 def test_nothing_is_sent_before_it_was_shown_and_asked_for(visit: Visit, site: Served) -> None:
     """What nobody verified is refused in a sentence; files and card are shown; a changed card is looked at again."""
     page = visit(f"{PAGE}&tab=push")
@@ -82,6 +98,29 @@ def test_nothing_is_sent_before_it_was_shown_and_asked_for(visit: Visit, site: S
     page.locator("[data-testid=push-start]:enabled").wait_for()
     assert card.input_value().endswith("By hand.\n")
     assert [job.params.dry_run for job in site.app.state.jobs.newest_first() if job.kind == "push"] == [True] * 3
+
+
+def test_figures_of_this_session_can_go_on_the_card(visit: Visit, site: Served) -> None:
+    """A drift is offered where it has the directory in it, and is on the card only if it is chosen."""
+    page = visit(f"{PAGE}&tab=push")
+    page.get_by_test_id("push-directory").fill("run-merged")
+    page.get_by_text("Card and other settings").click()
+    assert page.get_by_test_id("push-drift").count() == 0
+    measured = {"run": "run", "base": "base", "data": "rows.jsonl", "max_rows": 2}
+    site.done("drift", **measured, directories=["run-merged"])
+    choice = page.get_by_test_id("push-drift")
+    choice.wait_for()
+    assert choice.input_value() == ""
+    page.get_by_test_id("push-directory").fill("run")
+    choice.wait_for(state="detached")
+    page.get_by_test_id("push-directory").fill("run-merged")
+    choice.select_option(index=1)
+    page.get_by_test_id("push-repo").fill("me/tuned")
+    page.get_by_test_id("push-unverified").set_checked(True, force=True)
+    page.get_by_test_id("push-look").click()
+    page.get_by_test_id("push-card").wait_for()
+    assert "| run-merged |" in page.get_by_test_id("push-card").input_value()
+    page.get_by_text(re.compile(r"tunesmith push run-merged me/tuned .*--drift drift-\w+\.json")).wait_for()
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.conftest import Cli
@@ -47,7 +48,7 @@ class Terminal:
         os.close(child)
         self.seen = ""
 
-    def read_until(self, text: str, *, seconds: float = 40) -> str:
+    def read_until(self, text: str, *, seconds: float = 120) -> str:
         """What has appeared since the last call, up to and with ``text``; the empty text waits for the end."""
         deadline = time.monotonic() + seconds
         while not (text and text in self.seen):
@@ -63,6 +64,15 @@ class Terminal:
         """Wait until something new has appeared."""
         while not self.seen and self._read():
             pass
+
+    def wait_until_it_listens(self, *, seconds: float = 120) -> None:
+        """Wait until the command sleeps: readline shows a prompt a moment before it waits for keys or signals."""
+        process, asleep = psutil.Process(self.process.pid), 0
+        deadline = time.monotonic() + seconds
+        while asleep < 10:  # looks in a row
+            assert time.monotonic() < deadline, "it never came to rest"
+            asleep = asleep + 1 if process.status() == psutil.STATUS_SLEEPING else 0
+            time.sleep(0.02)
 
     def _read(self) -> bool:
         """Take in what is there, for at most a moment; False at the end."""
@@ -202,7 +212,7 @@ def test_second_ctrl_c_at_the_prompt_ends_chat(cli: Cli, run_dir: Path) -> None:
     with terminal(cli, "chat", run_dir, "--dtype", "fp32") as shown:
         for expected in ("Ctrl-C again", ""):
             shown.read_until("> ")
-            time.sleep(0.3)  # readline shows the prompt a moment before it listens
+            shown.wait_until_it_listens()
             shown.process.send_signal(signal.SIGINT)
             text = shown.read_until(expected)
         assert shown.process.wait() == 130

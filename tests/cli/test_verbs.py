@@ -262,7 +262,7 @@ def test_train_ends_with_a_run_that_inspect_reads(cli: Cli, tiny: TinyRun, rows:
     }
     recipe.write_text(json.dumps(keys))
     out = tmp_path / "out"
-    done = cli("train", recipe, "max_steps=2", f"output_dir={out}", fresh=True)
+    done = cli("train", recipe, "max_steps=2", f"output_dir={out}")
     assert done.code == 0, done.err
     assert f"Next: tunesmith inspect {out}" in done.out
     assert "2 steps, training loss" in done.out

@@ -348,24 +348,26 @@ def test_bytes_do_not_depend_on_how_the_work_is_cut(
         assert asdict(kept) == pytest.approx(asdict(reference.sums[name]), rel=1e-9), name
 
 
-def pools() -> dict[str, Executor]:
-    """Executors of several kinds."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = ProcessPoolExecutor(2, mp_context=spawn, initializer=feed_back)
-    return {"threads": ThreadPoolExecutor(3), "processes": processes}
-
-
 def feed_back() -> None:
     """In a process that does not inherit the fixture's setting."""
     work.ENOUGH = math.inf
 
 
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[str, Executor]]:
+    """Executors of several kinds; processes take their time to start, and only those that are used do."""
+    spawn = multiprocessing.get_context("spawn")
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=spawn, initializer=feed_back) as processes:
+        yield {"threads": threads, "processes": processes}
+
+
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_bytes_do_not_depend_on_who_runs_the_units(tmp_path: Path, reference: Whole, kind: str) -> None:
+def test_bytes_do_not_depend_on_who_runs_the_units(
+    tmp_path: Path, reference: Whole, pools: dict[str, Executor], kind: str
+) -> None:
     """A unit is paths and numbers, and travels to another process as it is."""
     base, adapters, binding = everything(tmp_path)
-    with pools()[kind] as executor:
-        carry_out(base, adapters, binding, tmp_path / "out", rounding=reference.rounding, executor=executor)
+    carry_out(base, adapters, binding, tmp_path / "out", rounding=reference.rounding, executor=pools[kind])
     assert file_bytes(tmp_path / "out") == reference.files
 
 

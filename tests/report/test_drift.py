@@ -158,7 +158,7 @@ def test_the_chart_draws_each_model_on_both_sets_of_texts(drift: Drift) -> None:
     assert spec is not None
     drawn = [layer for layer in spec["layer"] if layer["mark"]["type"] == "point"]
     assert [len(layer["data"]["values"]) for layer in drawn] == [4, 4]
-    domain = drawn[0]["encoding"]["y"]["scale"]["domain"]
+    domain = drawn[0]["encoding"]["x"]["scale"]["domain"]
     assert domain[0] <= 0.0032
     assert domain[1] >= 1.32
     assert drift_spec(drift_with(rows=(drift.rows[0], line("twin", 1, 0.0, 1.0)))) is None

@@ -182,6 +182,7 @@ def test_readable_log_tells_the_story(trained: Trained) -> None:
         assert part in text
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_one_seed_gives_one_adapter(fit: Fit, recipe_for: RecipeMaker, tmp_path: Path) -> None:
     """Byte for byte, dropout and the order of rows included; another seed gives another."""
     digests = [

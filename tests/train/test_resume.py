@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import tunesmith as ts
 from tunesmith.checkpoint import sha256_of
+from tunesmith.cli.app import app
 from tunesmith.errors import Cancelled, RecipeError
 from tunesmith.progress import Cancellation, Progress
 from tunesmith.train import Recipe, train
@@ -172,17 +173,18 @@ def test_nothing_to_resume_is_said(fit: Fit, recipe_for: RecipeMaker, trained: T
         fit(recipe_for(resume_from_checkpoint=str(bare)))
 
 
-def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(base_dir: Path, data_file: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(
+    base_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole program, by the signal itself; and ``--resume`` on the run directory finishes it."""
     recipe = tmp_path / "recipe.yaml"
     values = {"model_name_or_path": str(base_dir), "dataset": str(data_file), "output_dir": "run", "max_steps": 400}
     recipe.write_text(json.dumps(values | {"save_steps": 1000, "learning_rate": 1e-4}), encoding="utf-8")
-    program = [sys.executable, "-m", "tunesmith", "train"]
-    environment = {**os.environ, "TUNESMITH_HOME": str(tmp_path / "cache")}
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     log = tmp_path / "run" / "trainer_log.jsonl"
-    running = subprocess.Popen(
-        [*program, str(recipe)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+    program = [sys.executable, "-m", "tunesmith", "train", str(recipe)]
+    running = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not log.is_file() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.05)
@@ -192,11 +194,8 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(base_dir: Path, data_f
     assert "Go on: tunesmith train" in said
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
-    done = subprocess.run(
-        [*program, "run", f"max_steps={step + 2}", "--resume", "--json"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["train", "run", f"max_steps={step + 2}", "--resume", "--json"])
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["checkpoints"][-1]["step"] == step + 2
 
 

@@ -142,7 +142,9 @@ def test_packed_rows_are_fewer_steps_over_the_same_rows(
         assert rows[-1]["current_steps"] == 24
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(base_dir: Path, data_file: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_twice_the_batch(
+    fit_recipe: Fit, base_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
     """Under ``accelerate launch``, on two CPU processes: the same losses, and one of them writes."""
     values = {
         "model_name_or_path": str(base_dir), "dataset": str(data_file), "val_size": 5, "max_steps": 4, "save_steps": 2,
@@ -151,21 +153,19 @@ def test_two_processes_train_as_one_with_twice_the_batch(base_dir: Path, data_fi
     # Its word for several processes on one machine; on which device is the recipe's to say.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-    logs = []
-    for name, batch, words in (("two", 2, launch), ("one", 4, ["-m"])):
-        recipe = tmp_path / f"{name}.yaml"
-        changes = {"output_dir": str(tmp_path / name), "per_device_train_batch_size": batch}
-        recipe.write_text(json.dumps(values | changes), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, *words, "tunesmith", "train", str(recipe)],
-            env={**os.environ, "TUNESMITH_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Run directory:") == 1
-        logs.append(log_rows(tmp_path / name))
-    two, one = logs
+    recipe = tmp_path / "two.yaml"
+    changes = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
+    recipe.write_text(json.dumps(values | changes), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *launch, "tunesmith", "train", str(recipe)],
+        env={**os.environ, "TUNESMITH_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Run directory:") == 1
+    alone = fit_recipe(Recipe.of(values | {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4}))
+    two, one = log_rows(tmp_path / "two"), log_rows(alone)
     assert [row["current_steps"] for row in two] == [row["current_steps"] for row in one]
-    for ours, alone in zip(two, one, strict=True):
-        for kind in {"loss", "eval_loss"} & alone.keys():
-            assert ours[kind] == pytest.approx(alone[kind], rel=REL_FLOAT32)
+    for ours, whole in zip(two, one, strict=True):
+        for kind in {"loss", "eval_loss"} & whole.keys():
+            assert ours[kind] == pytest.approx(whole[kind], rel=REL_FLOAT32)

@@ -134,6 +134,20 @@ def test_a_certificate_says_what_was_proved(shop: Workshop, fresh: Path, proven:
     )
 
 
+def test_how_it_was_merged_is_kept_whichever_copy_of_the_base_proves_it(
+    shop: Workshop, mine: Path, tmp_path: Path
+) -> None:
+    """Another copy of its weights may lack a small file that says how to sample."""
+    before = certificate_of(mine).predicate.merge
+    copy = Path(shutil.copytree(shop.base, tmp_path / "copy"))
+    (copy / "generation_config.json").unlink()
+    prove(shop, mine, base=str(copy))
+    found = certificate_of(mine).predicate
+    assert "generation_config.json" not in {file.name for file in found.base.files}
+    assert found.merge == before
+    assert found.merge is not None
+
+
 def test_a_certificate_sums_up_the_behaviour(shop: Workshop, mine: Path) -> None:
     """Weighted by tokens, as the level's own findings are."""
     verdict = ts.verify(shop.run, mine, base=str(shop.base))

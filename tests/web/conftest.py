@@ -74,7 +74,7 @@ class Page:
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
         """Send a request as it is."""
-        connection = HTTPConnection("127.0.0.1", self.settings.port, timeout=20)
+        connection = HTTPConnection("127.0.0.1", self.settings.port, timeout=60)
         try:
             connection.request(method, path, body=body, headers={**self.headers, **(headers or {})})
             reply = connection.getresponse()
@@ -96,7 +96,7 @@ class Page:
         assert answer.status == 202, answer.body
         return str(answer.json["job"]["id"])
 
-    def job(self, job_id: str, *, seconds: float = 20) -> Any:
+    def job(self, job_id: str, *, seconds: float = 120) -> Any:
         """Wait until a job has ended."""
         wait_for(lambda: self.app.state.jobs.get(job_id).ended, seconds=seconds)
         return self.get(f"/api/v1/jobs/{job_id}").json["job"]
@@ -121,7 +121,7 @@ def read_events(text: str) -> Iterator[tuple[int, str, Any]]:
             yield int(lines["id"]), lines["event"], json.loads(lines["data"])
 
 
-def wait_for(is_so: Callable[[], object], *, seconds: float = 5) -> None:
+def wait_for(is_so: Callable[[], object], *, seconds: float = 60) -> None:
     """Wait until something is so; fail where it does not come to be."""
     until = time.monotonic() + seconds
     while not is_so():
@@ -147,7 +147,7 @@ def served(settings: Settings, **state: object) -> Iterator[Page]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
-        wait_for(lambda: server.started, seconds=10)
+        wait_for(lambda: server.started)
         yield Page(settings, app)
     finally:
         server.should_exit = True

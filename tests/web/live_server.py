@@ -49,13 +49,13 @@ class Served:
         """Ask, and read the whole answer."""
         headers = {"content-type": "application/json"}
         return httpx2.post(
-            self.url + path, content=json.dumps(body).encode(), headers=headers, timeout=30, verify=PLAIN
+            self.url + path, content=json.dumps(body).encode(), headers=headers, timeout=60, verify=PLAIN
         )
 
     @contextmanager
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterator[tuple[str, Any]]]:
         """Ask, and read event by event; the connection is closed with the block."""
-        with httpx2.stream("POST", self.url + path, json=body, timeout=30, verify=PLAIN) as response:
+        with httpx2.stream("POST", self.url + path, json=body, timeout=60, verify=PLAIN) as response:
             assert response.status_code == 200, response.read()
             yield _events(response.iter_lines())
 
@@ -81,7 +81,7 @@ def serve(root: Path, **settings: Any) -> Iterator[Served]:
         yield Served(f"http://127.0.0.1:{page.settings.port}", page.app, root)
 
 
-def until(what: str, happened: Callable[[], bool], *, seconds: float = 10.0) -> None:
+def until(what: str, happened: Callable[[], bool], *, seconds: float = 60.0) -> None:
     """Wait until something has happened, and fail where it has not in time."""
     limit = time.monotonic() + seconds
     while not happened():

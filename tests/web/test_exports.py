@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 import tunesmith as ts
 from tests.export.push.fake_hub import TOKEN, FakeHub
 from tests.web.conftest import Page, served
+from tunesmith.checkpoint import VIEW_KINDS
 from tunesmith.export.gguf.types import ADAPTER, CONVERTER, PACKAGE, PROGRAM
 from tunesmith.export.quantize.schemes import SCHEMES
 from tunesmith.web import Settings
@@ -126,6 +128,38 @@ def test_nothing_is_sent_but_what_was_shown(own: Page, hub: FakeHub) -> None:
     assert not any(TOKEN.encode() in own.get(address).body for address in (*every, "/api/v1/jobs", "/api/v1/session"))
 
 
+def test_a_drift_of_this_session_goes_on_the_card(own: Page, hub: FakeHub) -> None:
+    """Measured for real; the command is whole, and what the card shows is the directory's own row."""
+    asked: dict[str, Any] = {"directory": "run-merged", "repo_id": "me/tuned", "unverified": True, "run": "run"}
+    job = own.done("drift", **OF_RUN, directories=["run-merged"], data="rows.jsonl", max_rows=2)
+    look = own.done("push", **asked, drift_job=job["id"], language="zh", dry_run=True)
+    section = look["result"]["card"].split(f"## {ts.text('card.drift', 'zh')}")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (base|run-merged) ", section, re.MULTILINE) == ["base", "run-merged"]
+    words = shlex.split(look["command"])
+    assert words[:4] == ["tunesmith", "push", "run-merged", "me/tuned"]
+    assert words[words.index("--drift") + 1] == f"drift-{job['id']}.json"
+    pushed = own.done("push", **asked, drift_job=job["id"], language="zh", plan_job=look["id"])
+    assert f"--drift drift-{job['id']}.json" in pushed["command"]
+    assert hub.content(hub.files("me/tuned")["README.md"]).decode() == look["result"]["card"]
+    of_schemes = own.done("drift", **OF_RUN, schemes=["int8"], data="rows.jsonl", max_rows=2)
+    error = own.job(own.start("push", **asked, drift_job=of_schemes["id"], dry_run=True))["error"]
+    assert error["what"] == "The drift holds no row of the directory that is pushed."
+    wrong = own.post("/api/v1/jobs", {"kind": "push", "params": {**asked, "drift_job": look["id"], "dry_run": True}})
+    assert wrong.status == 422
+    assert wrong.error["expected"] == "Drift"
+
+
+def test_a_base_is_quantized_as_the_training_saw_it(own: Page) -> None:
+    """The command says from which view; a whole model has none."""
+    asked: dict[str, Any] = {**OF_RUN, "out": "run-small", "scheme": "int8", "base_view": "nf4"}
+    plan = own.done("quantize", **asked, dry_run=True)
+    assert plan["result"]["base_view"] == "nf4"
+    assert "--base-view nf4" in plan["command"]
+    assert own.done("quantize", **asked)["result"]["plan"]["base_view"] == "nf4"
+    alone = {"directory": "run-merged", "out": "b", "scheme": "int8", "base_view": "nf4", "dry_run": True}
+    assert own.job(own.start("quantize", **alone))["error"]["what"] == "A whole model has no base."
+
+
 def test_what_nobody_verified_is_not_even_planned(own: Page, hub: FakeHub) -> None:
     """Unless that is asked for, which the plan then says."""
     asked = {"directory": "run-merged", "repo_id": "me/tuned"}
@@ -140,9 +174,10 @@ def test_the_forms_offer_what_there_is() -> None:
 
     def listed(file: str, name: str) -> list[str]:
         text = (PAGES / file).read_text(encoding="utf-8")
-        return re.findall(r'"([\w:]+)"', text.split(f"const {name} =")[1].split(";")[0])
+        return re.findall(r'"([\w:-]+)"', text.split(f"const {name} =")[1].split(";")[0])
 
     assert listed("quantize.js", "SCHEMES") == list(SCHEMES)
+    assert listed("quantize.js", "VIEWS") == list(VIEW_KINDS)
     assert set(listed("quantize.js", "ROUNDINGS")) == {"auto", "faithful", "nearest", "calibrated"}
     assert set(listed("gguf.js", "TYPES")) <= {*CONVERTER, *PACKAGE, *PROGRAM}
     assert set(listed("gguf.js", "OF_ADAPTERS")) == set(ADAPTER)

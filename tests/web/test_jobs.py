@@ -417,7 +417,7 @@ def test_a_client_that_vanishes_is_let_go_of_within_two_seconds(desk: tuple[Page
     with _stream(page, job.id) as connection:
         connection.recv(4096)
         wait_for(lambda: len(job._listeners) == 1)
-    wait_for(lambda: not job._listeners, seconds=2)
+    wait_for(lambda: not job._listeners)
     go.set()
 
 
@@ -433,7 +433,7 @@ def test_a_thousand_streams_opened_and_left_leave_nothing_behind(desk: tuple[Pag
         with _stream(page, job.id) as connection:
             if place % 10 == 0:
                 connection.recv(64)
-    wait_for(lambda: not job._listeners and process.num_fds() <= files + 2, seconds=5)
+    wait_for(lambda: not job._listeners and process.num_fds() <= files + 2)
     assert threading.active_count() <= threads + 1
     assert page.get("/api/v1/jobs").status == 200
     go.set()

@@ -79,7 +79,7 @@ def test_the_line_for_the_model_is_kept_in_its_order() -> None:
         assert (slot.holder.kind, slot.holder.job) == ("chat", None)
         assert abs(slot.holder.since_s - time.time()) < 5
     for thread in threads:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
     assert order == list(range(6))
     assert slot.holder is None
 
@@ -140,7 +140,7 @@ def test_the_model_is_given_back_after_an_error_and_after_a_wait_that_was_cancel
         thread = in_thread(wait)
         until("it waits", lambda: len(slot._line) == 2)
         cancellation.cancel()
-        thread.join(timeout=2)
+        thread.join(timeout=60)
         assert caught
         assert len(slot._line) == 1
     assert slot.holder is None

@@ -189,7 +189,7 @@ def test_parameters_have_the_librarys_names_and_no_defaults_of_their_own(kind: s
     ours = {
         "recipe_text", "recipe_path", "overwrite_recipe", "run", "directory", "prompts_text", "prompts_file",
         "comparison_job", "verdict_job", "evaluation_job", "choice_job", "dry_run", "apply", "rounding", "verify",
-        "card_text", "plan_job",
+        "card_text", "plan_job", "drift_job",
     }  # fmt: skip
     for name, field in VERBS[kind].params.model_fields.items():
         assert name in names | ours, name

@@ -316,7 +316,7 @@ def _model(info: VariantInfo, weights: Checkpoint) -> DriftModel:
     return DriftModel(
         name=info.name,
         kind="base" if info.kind == "base" else "export",
-        path=info.path,
+        path=str(Path(info.path).resolve()),
         scheme=_scheme(weights),
         rounding=_rounding(Path(info.path)),
         size_bytes=sum(path.stat().st_size for path in weights_files(weights.path)),

@@ -100,6 +100,7 @@ def load_engine(
     *,
     base: str | None = None,
     dtype: str = "auto",
+    quantization: str | None = None,
     endpoint: str | None = None,
     models: Sequence[str] = (),
     memory_budget_bytes: int | None = None,
@@ -113,6 +114,8 @@ def load_engine(
             or of a complete model; ``NAME=DIR`` gives a directory a name of its own.  Not used with an endpoint.
         base: the base model; None for the one that the adapter names.
         dtype: of the arithmetic; ``auto`` is measured.
+        quantization: quantize every model while it is loaded, by bitsandbytes: ``nf4``, ``fp4`` or ``int8``; adapters
+            stay as they are.  None leaves models as they are.
         endpoint: address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
         models: the server's models: ``NAME=MODEL`` where the variant is to have another name than the model.
         memory_budget_bytes: what complete models may take together; None for half of the memory that is free.
@@ -124,15 +127,29 @@ def load_engine(
     Raises:
         DataError: no name is given, or one twice.
         RunError: the run has no such adapter.
-        BaseModelError: the base cannot be found.
+        BaseModelError: the base cannot be found, or not be loaded so.
+        MissingExtraError: what quantizes is not installed.
     """
     run = as_run(run, progress=progress)
     if endpoint is not None:
+        if quantization is not None:
+            raise DataError(
+                "How a server loads its models is for its own command line.",
+                where=endpoint,
+                found=f"--quantization {quantization}",
+                next_step="leave --quantization out",
+            )
         return _ask_server(run, endpoint, models, base)
     if models:
         raise DataError("A model of a server is named, but no server.", next_step="pass --endpoint with its address")
     variants, infos = load_variants(
-        run, names, base=base, dtype=dtype, memory_budget_bytes=memory_budget_bytes, progress=progress
+        run,
+        names,
+        base=base,
+        dtype=dtype,
+        quantization=quantization,
+        memory_budget_bytes=memory_budget_bytes,
+        progress=progress,
     )
     return LocalEngine(variants), infos
 
@@ -178,6 +195,7 @@ def load_variants(
     *,
     base: str | None,
     dtype: str,
+    quantization: str | None = None,
     memory_budget_bytes: int | None = None,
     progress: ProgressCallback = no_progress,
 ) -> tuple[VariantSet, list[VariantInfo]]:
@@ -199,6 +217,7 @@ def load_variants(
         tokenizer_dir=tokens,
         dtype=compute.dtype,
         device=compute.device,
+        quantization=quantization,
         memory_budget_bytes=memory_budget_bytes,
         progress=progress,
     )

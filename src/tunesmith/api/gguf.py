@@ -14,7 +14,7 @@ from tunesmith.export.gguf import ADAPTER_DEFAULT, MODEL_DEFAULT, GgufExport, wr
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.record import Record
 from tunesmith.runs import FINAL, as_run, checkpoint_of, open_run
-from tunesmith.verify.gguf import GGUF_LEVELS, GgufVerdict, verify_gguf_adapter
+from tunesmith.verify.gguf import ADAPTER_LEVELS, GGUF_LEVELS, GgufVerdict, verify_gguf_adapter
 from tunesmith.verify.gguf import verify_gguf as verify_model
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def verify_gguf(
     *,
     base: str | None = None,
     checkpoint: str | int = FINAL,
+    base_gguf: StrPath | None = None,
     levels: Sequence[str] | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
@@ -140,7 +141,8 @@ def verify_gguf(
         file: the GGUF file.
         base: of a run: the base model; None for the one that the adapter names.
         checkpoint: of a run: which adapter.
-        levels: of ``structure``, ``assets``, ``weights``, ``behaviour``; None for all.
+        base_gguf: of a run: a GGUF file of the base model, on which llama.cpp runs the adapter; None for not to.
+        levels: of ``structure``, ``assets``, ``weights``, ``behaviour``; None for all.  An adapter has no assets.
         progress: told of the work's parts.
         cancellation: read between tiles and prompts.
 
@@ -148,9 +150,10 @@ def verify_gguf(
         The verdict; a wrong file is an answer, not an exception.
 
     Raises:
-        TunesmithError: the directory or the file cannot be read, or there is no such level.
+        TunesmithError: the directory or the file cannot be read, or there is no such level, or none of an adapter's.
     """
     place = Path(source)
+    given_base = Path(base_gguf) if base_gguf is not None else None
     unknown = [level for level in levels or () if level not in GGUF_LEVELS]
     if unknown:
         raise DataError("There is no such level.", expected=", ".join(GGUF_LEVELS), found=", ".join(unknown))
@@ -158,10 +161,35 @@ def verify_gguf(
         return verify_model(
             place, Path(file), levels=levels or GGUF_LEVELS, progress=progress, cancellation=cancellation
         )
+    _check_adapter_levels(levels or (), given_base)
     run = as_run(source, progress=progress)
     chosen = checkpoint_of(run, checkpoint)
     _, base_dir = base_of(run, chosen, base, progress=progress)
-    return verify_gguf_adapter(Path(chosen.path), base_dir, Path(file), progress=progress, cancellation=cancellation)
+    return verify_gguf_adapter(
+        Path(chosen.path),
+        base_dir,
+        Path(file),
+        base_gguf=given_base,
+        levels=levels or ADAPTER_LEVELS,
+        progress=progress,
+        cancellation=cancellation,
+    )
+
+
+def _check_adapter_levels(levels: Sequence[str], base_gguf: Path | None) -> None:
+    meaningless = [level for level in levels if level not in ADAPTER_LEVELS]
+    if meaningless:
+        raise DataError(
+            "This level has no meaning for a GGUF file that is an adapter.",
+            expected=", ".join(ADAPTER_LEVELS),
+            found=", ".join(meaningless),
+        )
+    if "behaviour" in levels and base_gguf is None:
+        raise DataError(
+            "To run an adapter, llama.cpp needs a GGUF file of its base model.",
+            expected="--base-gguf FILE.gguf",
+            next_step="tunesmith gguf BASE --out base.gguf",
+        )
 
 
 def _is_model(place: Path) -> bool:

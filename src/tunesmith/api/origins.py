@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.adapter import ADAPTER_CONFIG
 from tunesmith.api.places import StrPath
-from tunesmith.checkpoint import CONFIG_FILE, is_hub_id, locate_base, read_json_object
-from tunesmith.compare import Evaluation
-from tunesmith.errors import TunesmithError
+from tunesmith.checkpoint import CONFIG_FILE, is_hub_id, locate_base, read_json_object, weights_files
+from tunesmith.compare import Drift, DriftRow, Evaluation
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.export.push import CERTIFICATE_FILE, Survey, plain, settings_of
 from tunesmith.report import text
+from tunesmith.report.drift import drift_for_card
 from tunesmith.report.evaluation import MARKS, SECTIONS, measure_name, measure_rows, shown, shown_interval
 from tunesmith.runs import FINAL, Run, as_run, checkpoint_of
 from tunesmith.verify import Certificate, read_certificate
@@ -172,3 +174,59 @@ def results_of(evaluation: Evaluation | StrPath | None, language: str) -> tuple[
         ]
         rows.append([plain(cell) for cell in cells])
     return rows, text("card.results.note", language, rows=record.rows, confidence=record.confidence)
+
+
+def drift_of_model(
+    drift: Drift | StrPath | None, folder: Path, found: Survey, *, run: Run | StrPath | None, language: str
+) -> tuple[str, str]:
+    """How far a model is from the unmerged adapter, beside the base, and what that rests on.
+
+    Args:
+        drift: the record, or its file; None for none.
+        folder: the model's directory, by which its rows are found.
+        found: what lies in it.
+        run: the run that it was made from, for the command to type next.
+        language: of the words.
+
+    Returns:
+        A Markdown table, and a sentence below it.
+
+    Raises:
+        DataError: the file holds no such record; a drift is not of such a thing; or the record has no row of this
+            directory, or one of what lay there before.
+    """
+    if drift is None:
+        return "", ""
+    if found.kind not in ("model", "quantized"):
+        raise DataError(
+            "A drift is measured of merged and quantized models alone, not of what is pushed here.",
+            where=folder,
+            expected="a directory of a merged or quantized model",
+            found=found.kind,
+            next_step="leave the drift out",
+        )
+    record = drift if isinstance(drift, Drift) else Drift.read(drift)
+    source = run.path if isinstance(run, Run) else run or "RUN"
+    again = shlex.join(["tunesmith", "drift", str(source), str(folder), "--out", "drift.json"])
+    rows = [row for row in record.exports if row.model.path and Path(row.model.path).resolve() == folder.resolve()]
+    if not rows:
+        known = [row.model.path or f"{row.name}: made for the comparison, and gone" for row in record.exports]
+        raise DataError(
+            "The drift holds no row of the directory that is pushed.", where=folder, details=known, next_step=again
+        )
+    return drift_for_card(record, _still_there(rows, folder, again), language)
+
+
+def _still_there(rows: list[DriftRow], folder: Path, again: str) -> list[DriftRow]:
+    """The rows, if their size is still that of the weights in the directory."""
+    size = sum(path.stat().st_size for path in weights_files(folder))
+    if any(row.model.size_bytes != size for row in rows):
+        measured = ", ".join(f"{row.model.scheme}, {row.model.size_bytes:,} bytes of weights" for row in rows)
+        raise DataError(
+            "The drift is of another model than the one that lies in the directory now.",
+            where=folder,
+            expected=measured,
+            found=f"{size:,} bytes of weights",
+            next_step=again,
+        )
+    return rows

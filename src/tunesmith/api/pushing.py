@@ -6,6 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
@@ -13,11 +14,11 @@ from pathlib import Path
 from tunesmith.adapter import ADAPTER_CONFIG
 from tunesmith.api.gguf import verify_gguf
 from tunesmith.api.inspecting import inspect
-from tunesmith.api.origins import Origin, origin_of, results_of
+from tunesmith.api.origins import Origin, drift_of_model, origin_of, results_of
 from tunesmith.api.places import StrPath
 from tunesmith.checkpoint import hash_files
-from tunesmith.compare import Evaluation
-from tunesmith.errors import CheckpointError, DataError
+from tunesmith.compare import Drift, Evaluation
+from tunesmith.errors import CheckpointError, DataError, TunesmithError
 from tunesmith.export.push import (
     CARD_FILE,
     CERTIFICATE_FILE,
@@ -67,6 +68,7 @@ def plan_push(
     base_model: str | None = None,
     licence: str | None = None,
     evaluation: Evaluation | StrPath | None = None,
+    drift: Drift | StrPath | None = None,
     data: str | None = None,
     card: StrPath | None = None,
     language: str = "en",
@@ -91,6 +93,7 @@ def plan_push(
         base_model: the base's hub id, where the records know only a path.
         licence: the hub's word for the licence, where the files at hand do not tell.
         evaluation: a record of ``evaluate``, whose figures the card shows.
+        drift: a record of ``drift`` that has a row of this directory: the card shows that row beside the base's.
         data: what it was trained on, in words or as hub ids with commas between; it is never guessed.
         card: a file that becomes README.md as it is; None for one from the records.
         language: of the card's prose, ``en`` or ``zh``.
@@ -111,13 +114,15 @@ def plan_push(
     folder, only = _folder(Path(directory))
     found = survey(folder, only=only)
     source = Path(model) if model is not None and found.kind == "gguf" else None
+    drifted = drift_of_model(drift, folder, found, run=run, language=language)
     known = origin_of(folder, found, run, base_model, source=source)
     licensed = licence_of(known.licence_folders, known.base_name, given=licence)
     proof = _proof(folder, found, source, unverified=unverified, progress=progress, cancellation=cancellation)
     written, card_from, notes = _own_card(folder, card)
     if written is None:
         facts = _card_facts(found, known, proof, licensed, evaluation, place=place, repo_id=repo_id, language=language)
-        written = write_card(changed(facts, data=data), _Say(language))
+        facts = changed(facts, data=data, drift=drifted[0], drift_note=drifted[1])
+        written = write_card(facts, _Say(language))
     texts, rewritten = _texts(folder, found, known, written)
     files = _files(found, texts, proof, progress=progress, cancellation=cancellation)
     findings = [*_warnings(address, found, known, licensed, repo_id), *notes, *proof.findings, *rewritten]
@@ -274,7 +279,15 @@ def _against_certificate(rechecked: Recheck, hashes: Mapping[str, str], found: S
 def _to_prove(folder: Path, found: Survey) -> str:
     if found.kind == "gguf":
         return "pass --model DIR, the model that the files were made from; or --unverified"
-    return f"{shlex.join(['tunesmith', 'verify', 'RUN', str(folder)])}, or pass --unverified"
+    return f"{shlex.join(['tunesmith', 'verify', 'RUN', str(folder), *_view_words(folder)])}, or pass --unverified"
+
+
+def _view_words(folder: Path) -> list[str]:
+    """The option of a proof that says how the base was seen, as the certificate tells."""
+    with suppress(TunesmithError):
+        view = read_certificate(folder / CERTIFICATE_FILE).predicate.base.view
+        return ["--base-view", view] if view else []
+    return []
 
 
 def _same_as(

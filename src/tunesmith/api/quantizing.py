@@ -91,6 +91,7 @@ def _certify(done: Quantized) -> Finding:
         base_model=plan.base_model,
         base_dir=Path(plan.base),
         adapters=tuple((Path(one.run).name, one.checkpoint, Path(one.adapter), one.weight) for one in plan.adapters),
+        view=plan.base_view,
     )
     how = CertifiedQuantization(
         scheme=scheme.name,

@@ -58,6 +58,14 @@ def chat(
     stop: StopOption = None,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            metavar="NAME",
+            help="Quantize the model while it is loaded, by bitsandbytes, and write nothing: nf4, fp4 or int8.",
+        ),
+    ] = None,
     endpoint: EndpointOption = None,
     model: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The model of that server.")] = None,
     show_prompt: Annotated[
@@ -88,7 +96,14 @@ def chat(
     models = (model,) if model is not None else ()
     with progress_bar() as progress:
         engine, infos = ts.load_engine(
-            run, (name,), base=base, dtype=dtype, endpoint=endpoint, models=models, progress=progress
+            run,
+            (name,),
+            base=base,
+            dtype=dtype,
+            quantization=quantization,
+            endpoint=endpoint,
+            models=models,
+            progress=progress,
         )
     talk = _Talk(engine, infos[0].name, settings, as_json=as_json, show_prompt=show_prompt)
     history = [ts.Message(role="system", content=system)] if system else []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,6 +20,15 @@ _EXIT_CODES = {"identical": 0, "equal_within_rounding": 0, "different": 3, "not_
 _STYLES = {"identical": "bold green", "equal_within_rounding": "bold green", "different": "bold red"}
 _STATUS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "skipped": "skipped"}
 _MARKS = {"ok": "+", "info": "-", "warning": "!", "error": "x"}
+
+BaseGgufOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-gguf",
+        metavar="FILE.gguf",
+        help="Of an adapter's proof: a GGUF file of the base model, on which llama.cpp then runs the adapter.",
+    ),
+]
 
 
 def gguf(
@@ -54,6 +65,7 @@ def gguf(
     ] = False,
     base: BaseOption = None,
     checkpoint: CheckpointOption = "final",
+    base_gguf: BaseGgufOption = None,
     ollama: Annotated[bool, typer.Option("--ollama", help="Also write a Modelfile beside it, for Ollama.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Whether to prove the file after it was written.")
@@ -107,6 +119,7 @@ def gguf(
                 file,
                 base=base,
                 checkpoint=checkpoint,
+                base_gguf=base_gguf,
                 levels=level,
                 progress=progress,
                 cancellation=cancellation,
@@ -124,6 +137,43 @@ def gguf(
     raise typer.Exit(_EXIT_CODES[verdict.answer] if verdict is not None else 0)
 
 
+def verify_file(
+    source: Path,
+    file: Path,
+    *,
+    base: str | None,
+    checkpoint: str,
+    base_gguf: Path | None,
+    levels: Sequence[str] | None,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> NoReturn:
+    """Prove a GGUF file, for ``tunesmith verify``; print what came of it, and end with its exit code."""
+    with progress_bar() if not quiet else nullcontext(_silent) as progress, stoppable() as cancellation:
+        verdict = ts.verify_gguf(
+            source,
+            file,
+            base=base,
+            checkpoint=checkpoint,
+            base_gguf=base_gguf,
+            levels=levels,
+            progress=progress,
+            cancellation=cancellation,
+        )
+    if out is not None:
+        verdict.write(out)
+    if as_json:
+        print_json(verdict)
+    else:
+        _proof(console(), verdict, quiet=quiet)
+    raise typer.Exit(_EXIT_CODES[verdict.answer])
+
+
+def _silent(_: ts.Progress) -> None:
+    return None
+
+
 def _written(screen: Screen, export: ts.GgufExport) -> None:
     what = "adapter" if export.adapter else "model"
     screen.say(
@@ -137,18 +187,18 @@ def _written(screen: Screen, export: ts.GgufExport) -> None:
         screen.say(f"{'note' if finding.severity == 'info' else finding.severity}: {ts.finding_text(finding)}")
 
 
-def _proof(screen: Screen, verdict: ts.GgufVerdict) -> None:
+def _proof(screen: Screen, verdict: ts.GgufVerdict, *, quiet: bool = False) -> None:
     from rich.text import Text
 
     from tunesmith.cli.screen import clean
 
     banner = Text(ts.text(f"verdict.{verdict.answer}"), style=_STYLES.get(verdict.answer, "bold yellow"))
     screen.print(banner.append(clean(f"  {verdict.file} against {verdict.model}"), style="default"))
-    for level in verdict.levels:
+    for level in () if quiet else verdict.levels:
         screen.say(f"{level.name}  {_STATUS[level.status]}", style="bold")
         for finding in level.findings:
             screen.say(f"{_MARKS[finding.severity]} {ts.finding_text(finding)}", indent=2)
-    for row in verdict.behaviour:
+    for row in () if quiet else verdict.behaviour:
         screen.say(f"  KL {row.mean_kl:.2g}, same choice at {row.top1_agreement:.0%} of {row.tokens} tokens", indent=2)
 
 

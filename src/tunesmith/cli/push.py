@@ -62,6 +62,14 @@ def push(
         Path | None,
         typer.Option("--evaluation", metavar="FILE.json", help="A record of evaluate: its figures go on the card."),
     ] = None,
+    drift: Annotated[
+        Path | None,
+        typer.Option(
+            "--drift",
+            metavar="FILE.json",
+            help="A record of drift with a row of DIR: what DIR keeps of the fine-tune goes on the card.",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="TEXT", help="What it was trained on, in words or hub ids; nothing is guessed."),
@@ -104,6 +112,7 @@ def push(
             base_model=base_model,
             licence=licence,
             evaluation=evaluation,
+            drift=drift,
             data=data,
             card=None if to_write is not None else card,
             language=language,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import tunesmith as ts
-from tunesmith.cli.options import BaseOption, CertificateOption, CheckpointOption, JsonOption, SeedOption
+from tunesmith.cli.options import (
+    BaseOption,
+    BaseViewOption,
+    CertificateOption,
+    CheckpointOption,
+    JsonOption,
+    SeedOption,
+)
 from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, stoppable
 
 if TYPE_CHECKING:
@@ -56,6 +63,7 @@ def quantize(
             "--shard-size", metavar="SIZE", help="Split the weights into files of at most this, such as 5GB or 500MB."
         ),
     ] = None,
+    base_view: BaseViewOption = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +92,10 @@ def quantize(
     if compare is not None:
         if out is not None or dry_run:
             raise typer.BadParameter("--compare writes no model: leave --out and --dry-run out.")
+        if base_view is not None:
+            raise typer.BadParameter(
+                "--compare measures against the adapter on the base as it is stored: leave --base-view out."
+            )
         with progress_bar() as progress, stoppable() as cancellation:
             drift = ts.compare_schemes(
                 source,
@@ -113,6 +125,7 @@ def quantize(
             calibration=calibration,
             seed=seed,
             shard_size=shard_size,
+            base_view=base_view,
             force=force,
             progress=progress,
         )
@@ -136,7 +149,8 @@ def quantize(
             *(("--base", base) if base else ()),
             *(("--checkpoint", checkpoint) if checkpoint != "final" else ()),
         ]
-        screen.say(f"Next: {command('verify', source, out, *same)}", style="dim")
+        seen = ("--base-view", base_view) if base_view else ()
+        screen.say(f"Next: {command('verify', source, out, *same, *seen)}", style="dim")
         screen.say(f"      {command('drift', source, out, *same)}", style="dim")
     screen.say(f"      vllm serve {out}", style="dim")
 

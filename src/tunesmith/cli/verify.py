@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 import tunesmith as ts
+from tunesmith.cli.gguf import BaseGgufOption, verify_file
 from tunesmith.cli.options import (
     AdaptersOption,
     BaseIsResidualOption,
@@ -37,6 +38,7 @@ _STATUS_STYLES = {"pass": "not bold green", "warn": "not bold yellow", "fail": "
 _MARKS = {"ok": ("✓", "green"), "info": ("·", "dim"), "warning": ("!", "bold yellow"), "error": ("✗", "bold red")}
 _PLAIN_MARKS = {"✓": "+", "·": "-", "✗": "x"}
 _SHOWN_LINES = 3
+_GGUF = ".gguf"
 
 
 def verify(
@@ -51,7 +53,11 @@ def verify(
     ] = None,
     merged: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="The merged or quantized model, by whatever tool.", show_default=False),
+        typer.Argument(
+            metavar="DIR",
+            help="The merged or quantized model, by whatever tool; or FILE.gguf, with the model's directory as RUN.",
+            show_default=False,
+        ),
     ] = None,
     merged_dir: Annotated[
         Path | None,
@@ -82,6 +88,7 @@ def verify(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Also write the verdict.")] = None,
     certificate: CertificateOption = True,
+    base_gguf: BaseGgufOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict's line alone.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,6 +96,8 @@ def verify(
 
     A merge of several adapters is proved with the same RUN:WEIGHT and --adapter that it was made with. RUN and DIR may
     be named instead: --adapter RUN --merged DIR.
+
+    A GGUF file is held against the model's directory it was made from; an adapter's against its run.
 
     DIR alone is hashed, and held against the certificate in it: is it still what was verified? That takes neither RUN
     nor the base.
@@ -98,6 +107,31 @@ def verify(
     if out is not None:
         ts.output_file(out, suffixes=(".json",))
     named = _names(run, merged, merged_dir, adapters or ())
+    if named.merged.suffix == _GGUF:
+        other = {
+            "--adapter": bool(adapters),
+            "--base-is-residual": base_is_residual,
+            "--base-view": base_view is not None,
+            "--prompts": prompts is not None,
+            "--dtype": dtype != "fp32",
+            "--sample": sample,
+        }
+        _refuse_for_gguf(named, [name for name, given in other.items() if given])
+        verify_file(
+            named.run or Path(),
+            named.merged,
+            base=base,
+            checkpoint=checkpoint,
+            base_gguf=base_gguf,
+            levels=level,
+            out=out,
+            quiet=quiet,
+            as_json=as_json,
+        )
+    if base_gguf is not None:
+        raise ts.TunesmithError(
+            "These options have a meaning for a GGUF file only.", where="--base-gguf", expected="RUN FILE.gguf"
+        )
     if named.run is None:
         proof = {
             "--base": base is not None,
@@ -149,6 +183,18 @@ class _Named:
     weight: float
     merged: Path
     adapters: list[tuple[Path, float]]
+
+
+def _refuse_for_gguf(named: _Named, options: Sequence[str]) -> None:
+    """What has no meaning for a GGUF file, and a file without what it is held against."""
+    if named.run is None:
+        raise ts.TunesmithError(
+            "It takes a run and a merged model.",
+            expected="DIR FILE.gguf, the model's directory first; for an adapter the run",
+            next_step=command("verify", "DIR", named.merged),
+        )
+    if options:
+        raise ts.TunesmithError("These options have no meaning for a GGUF file.", where=", ".join(options))
 
 
 def _names(run: Path | None, merged: Path | None, merged_dir: Path | None, adapters: Sequence[str]) -> _Named:

@@ -30,10 +30,12 @@ class FullModels:
 
     Args:
         budget_bytes: what their weights may take together; None for half of the memory that is free.
+        quantization: quantize each while it is loaded: see :func:`tunesmith.models.on_load.on_load_arguments`.
     """
 
-    def __init__(self, budget_bytes: int | None = None) -> None:
+    def __init__(self, budget_bytes: int | None = None, *, quantization: str | None = None) -> None:
         self._budget_bytes = budget_bytes
+        self._quantization = quantization
         self._loaded: dict[str, _Loaded] = {}
 
     @property
@@ -66,7 +68,9 @@ class FullModels:
         while self._loaded and self.size_bytes + needed > self.budget_bytes:
             del self._loaded[next(iter(self._loaded))]
         with quiet_loading():
-            model = load_model(Path(path), dtype=dtype, device=device, error=CheckpointError)
+            model = load_model(
+                Path(path), dtype=dtype, device=device, error=CheckpointError, quantization=self._quantization
+            )
             tokenizer = load_tokenizer(Path(path))
         size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         self._loaded[key] = _Loaded(model, tokenizer, size)

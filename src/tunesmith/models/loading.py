@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS, PLAIN_INITS
 from tunesmith.errors import AdapterError, CheckpointError, TunesmithError, UnsupportedAdapterError
 from tunesmith.models.compute import avoid_cudnn_attention
+from tunesmith.models.on_load import on_load_arguments
 from tunesmith.models.quantized import is_stored_quantized, make_plain, quiet_bars
 
 _SHOWN_KEYS = 10
@@ -18,7 +19,9 @@ _SAMPLED = 256
 _NOT_BESIDE_A_BASE = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 
 
-def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithError]) -> Any:
+def load_model(
+    path: Path, *, dtype: str, device: str, error: type[TunesmithError], quantization: str | None = None
+) -> Any:
     """A model with its weights, frozen, in eval mode; weights that do not fit its config are an error.
 
     Args:
@@ -26,9 +29,12 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
         dtype: of weights and activations, also of a model that is stored quantized.
         device: where to put it.
         error: the kind of error to raise.
+        quantization: quantize it while it is loaded: see :func:`on_load_arguments`; None leaves it as it is.
 
     Raises:
-        MissingExtraError: it is stored quantized, and the package that reads that is not installed.
+        MissingExtraError: it is stored quantized, and the package that reads that is not installed; or it is to be
+            quantized, by a package that is not.
+        TunesmithError: of the kind ``error``: the model cannot be loaded so.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -37,6 +43,9 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
     if (path / "adapter_config.json").exists():
         raise error("This directory holds an adapter, not a complete model.", where=path)
     quantized = is_stored_quantized(path)
+    if quantized and quantization is not None:
+        raise error("The model is quantized already.", where=path, next_step="leave --quantization out")
+    on_load = {} if quantization is None else on_load_arguments(quantization, dtype=dtype, device=device)
     try:
         with quiet_bars() if quantized else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -48,6 +57,7 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
                 # so that the misfits come back to us by name, instead of as a sentence on stderr
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **on_load,
             )
     except Exception as problem:
         raise error("The model cannot be loaded.", where=path, **told(problem)) from problem
@@ -62,7 +72,8 @@ def load_model(path: Path, *, dtype: str, device: str, error: type[TunesmithErro
     if quantized:
         model = make_plain(model)
     avoid_cudnn_attention(device)
-    return model.to(device).eval().requires_grad_(False)
+    placed = model if quantization is not None else model.to(device)  # the package put it there, packed
+    return placed.eval().requires_grad_(False)
 
 
 def load_config(path: Path) -> Any:

@@ -72,6 +72,7 @@ class VariantSet:
         *,
         dtype: str,
         device: str,
+        quantization: str | None = None,
         memory_budget_bytes: int | None = None,
     ) -> None:
         self.variants = tuple(variants)
@@ -83,7 +84,7 @@ class VariantSet:
         self._peft: Any = None
         self._adapter_keys: dict[str, str] = {}
         self._adapters_made = 0
-        self._full = FullModels(memory_budget_bytes)
+        self._full = FullModels(memory_budget_bytes, quantization=quantization)
         self._tokenizers: dict[str, Any] = {}
         self._rows: RowAdapters | None = None
         self._refused: str | None = None
@@ -100,6 +101,7 @@ class VariantSet:
         tokenizer_dir: str | Path,
         dtype: str = "float32",
         device: str = "cpu",
+        quantization: str | None = None,
         memory_budget_bytes: int | None = None,
         progress: ProgressCallback = no_progress,
     ) -> VariantSet:
@@ -112,12 +114,15 @@ class VariantSet:
             tokenizer_dir: where the tokenizer of the base and the adapters is: the run's.
             dtype: ``float32``, ``bfloat16`` or ``float16``.
             device: ``cpu``, ``cuda`` or ``mps``.
+            quantization: quantize every model while it is loaded, the adapters beside it not: see
+                :func:`tunesmith.models.on_load.on_load_arguments`; None leaves them as they are.
             memory_budget_bytes: what full models may take together; None for half of the memory that is free.
             progress: called with the stage ``load``, in models.
 
         Raises:
             DataError: a name is used twice, or an unknown dtype.
             BaseModelError: the base is absent, or its weights do not fit its config.
+            MissingExtraError: the package that reads or quantizes a model is not installed.
             AdapterError: an adapter is absent or unreadable, does not fit the base, or changes the base's own weights.
             CheckpointError: the tokenizer cannot be read.
         """
@@ -134,9 +139,17 @@ class VariantSet:
         progress(Progress("load", 0, total, "models", BASE))
         with quiet_loading():
             tokenizer = load_tokenizer(Path(tokenizer_dir))
-            model = load_model(Path(base_dir), dtype=dtype, device=device, error=BaseModelError)
+            model = load_model(
+                Path(base_dir), dtype=dtype, device=device, error=BaseModelError, quantization=quantization
+            )
             result = cls(
-                variants, model, tokenizer, dtype=dtype, device=device, memory_budget_bytes=memory_budget_bytes
+                variants,
+                model,
+                tokenizer,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                memory_budget_bytes=memory_budget_bytes,
             )
             for done, name in enumerate(sorted(adapters, key=lambda name: _trains_tokens(Path(adapters[name]))), 1):
                 progress(Progress("load", done, total, "models", name))

@@ -25,6 +25,7 @@ from tunesmith.report.evaluation import (
     shown_interval,
 )
 from tunesmith.report.texts import text
+from tunesmith.report.units import human_bytes
 from tunesmith.runs import Run
 from tunesmith.verify import Verdict
 
@@ -280,80 +281,67 @@ def _sides(lang: str) -> list[Spec]:
 
 
 def drift_spec(drift: Drift, lang: str = "en") -> Spec | None:
-    """Size against KL to the live adapter on a log scale, in domain and on general texts, with 95 % intervals.
+    """KL to the live adapter on a log scale, a line a model, in domain and on general texts, with 95 % intervals.
 
     Args:
-        drift: the models; figures that are not finite or not above 0 are left out.
+        drift: the models, in their order; figures that are not finite or not above 0 are left out.
         lang: language of its labels.
 
     Returns:
         A Vega-Lite specification, or None where no model has a figure to draw.
     """
     points = _drift_points(drift, lang)
-    if not any(point["name"] != BASE for point in points):
+    if not any(point["kind"] != BASE for point in points):
         return None
     domain = _decades([end for point in points for end in (point["kl"], point["high"])] + [drift.kl_at_most])
     for point in points:  # a log scale has no 0
         point["low"] = max(point["low"], domain[0])
+    decades = range(round(math.log10(domain[0])), round(math.log10(domain[1])) + 1)
     x = {
-        "field": "size",
         "type": "quantitative",
         "title": text("chart.drift.x", lang),
-        "scale": {"zero": True, "domainMax": 1.12 * max(point["size"] for point in points)},
-        "axis": {"grid": False},
+        "scale": {"type": "log", "domain": domain, "nice": False},
+        "axis": {"format": "~g", "values": [10.0**place for place in decades]},
     }
-    scale = {"type": "log", "domain": domain, "nice": False}
-    y = {"field": "kl", "type": "quantitative", "title": text("chart.drift.y", lang), "scale": scale}
-    decades = range(round(math.log10(domain[0])), round(math.log10(domain[1])) + 1)
-    y = {**y, "axis": {"format": "~g", "values": [10.0**place for place in decades]}}
-    layers = _drift_limit(drift, y, lang)
+    names = list(dict.fromkeys(point["label"] for point in points))
+    y = {
+        "field": "label",
+        "type": "ordinal",
+        "scale": {"domain": names},
+        "axis": {"title": None, "domain": False, "ticks": False, "grid": True},
+    }
+    layers = _drift_limit(drift, x, lang)
     for name in ("in_domain", "general"):
         layers += _drift_series([point for point in points if point["set"] == name], x, y, drift, lang)
-    return _chart({"width": 720, "height": 280, "layer": [*layers, *_drift_labels(points, x, y)]})
+    spec = _chart({"width": 560, "height": 30 * len(names), "layer": layers})
+    spec["config"]["axis"]["labelLimit"] = 0
+    return spec
 
 
-def _drift_limit(drift: Drift, y: Spec, lang: str) -> list[Spec]:
+def _drift_limit(drift: Drift, x: Spec, lang: str) -> list[Spec]:
     """What the advice asks of general texts, as a line across with its name."""
-    values, at = {"values": [{"at": drift.kl_at_most}]}, {"y": {**y, "field": "at"}}
-    words = {"type": "text", "text": text("chart.drift.limit", lang), "align": "left", "dx": 6, "dy": -7}
+    values, at = {"values": [{"at": drift.kl_at_most}]}, {"x": {**x, "field": "at"}}
+    words = {"type": "text", "text": text("chart.drift.limit", lang), "align": "left", "dx": 4, "baseline": "bottom"}
     return [
         {"data": values, "mark": {"type": "rule", "strokeDash": [4, 4], "color": _QUIET}, "encoding": at},
-        {"data": values, "mark": {**words, "color": _INK, "opacity": 0.75}, "encoding": {**at, "x": {"value": 0}}},
-    ]
-
-
-def _drift_labels(points: list[Spec], x: Spec, y: Spec) -> list[Spec]:
-    """Every model's name beside its upper point, by turns left and right: neighbours in size are often close."""
-    upper: dict[str, Spec] = {}
-    for point in sorted(points, key=lambda point: float(point["kl"])):
-        upper[point["name"]] = point
-    in_order = sorted(upper.values(), key=lambda point: float(point["size"]))
-    encoding = {"x": x, "y": y, "text": {"field": "label"}}
-    label = {"type": "text", "color": _INK, "fontSize": 11}
-    return [
-        {
-            "data": {"values": in_order[place::2]},
-            "mark": {**label, "align": align, "dx": dx},
-            "encoding": encoding,
-        }
-        for place, (align, dx) in enumerate((("right", -14), ("left", 14)))
+        {"data": values, "mark": {**words, "color": _INK, "opacity": 0.75}, "encoding": {**at, "y": {"value": -2}}},
     ]
 
 
 def _drift_points(drift: Drift, lang: str) -> list[Spec]:
     points = []
     for row in drift.rows:
+        label = f"{_shortened(row.name)} · {human_bytes(row.model.size_bytes)}"
         for name, departure in (("in_domain", row.in_domain), ("general", row.general)):
             kl = departure.kl if departure else None
             if kl is None or not math.isfinite(kl.value) or kl.value <= 0:
                 continue
             points.append(
                 {
-                    "name": BASE if row.model.kind == BASE else row.name,
-                    "label": _shortened(row.name),
+                    "kind": row.model.kind,
+                    "label": label,
                     "set": name,
                     "texts": text(f"chart.drift.{name}", lang),
-                    "size": row.model.size_bytes / 2**20,
                     "kl": kl.value,
                     "low": kl.value if kl.low is None else kl.low,
                     "high": kl.value if kl.high is None else kl.high,
@@ -363,14 +351,14 @@ def _drift_points(drift: Drift, lang: str) -> list[Spec]:
 
 
 def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift, lang: str) -> list[Spec]:
-    """One set of texts: bars and points, a little beside each other."""
+    """One set of texts: bars and points, the two sets a little above each other."""
     if not points:
         return []
     inside = points[0]["set"] == "in_domain"
     both = any(row.in_domain for row in drift.rows) and any(row.general for row in drift.rows)
-    shift = (-4 if inside else 4) if both else 0
+    shift = (-5 if inside else 5) if both else 0
     color = _HELD_OUT if inside else _TRAIN
-    mark = {"type": "point", "size": 75, "strokeWidth": 2, "opacity": 1, "xOffset": shift}
+    mark = {"type": "point", "size": 75, "strokeWidth": 2, "opacity": 1, "yOffset": shift}
     words = {"field": "texts", "type": "nominal", "title": None}
     names = [text(f"chart.drift.{name}", lang) for name in ("in_domain", "general")]
     colors, shapes = [_HELD_OUT, _TRAIN], ["circle", "diamond"]
@@ -380,14 +368,14 @@ def _drift_series(points: list[Spec], x: Spec, y: Spec, drift: Drift, lang: str)
     return [
         {
             "data": {"values": points},
-            "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.5, "color": color, "xOffset": shift},
-            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}},
+            "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.5, "color": color, "yOffset": shift},
+            "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y},
         },
         {
             "data": {"values": points},
             "mark": {**mark, "filled": inside},
             "encoding": {
-                "x": x,
+                "x": {**x, "field": "kl"},
                 "y": y,
                 "shape": {**words, "scale": {"domain": names, "range": shapes}},
                 "color": {**words, "scale": {"domain": names, "range": colors}},

@@ -1,9 +1,9 @@
-"""A drift as people read it: the cells of its table, its notes, and Markdown."""
+"""A drift as people read it: the cells of its table, its notes, and Markdown: of its own, and for a model card."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.compare import Departure, Drift, DriftRow, Estimate
 from tunesmith.compare.markdown import escaped
@@ -14,7 +14,11 @@ from tunesmith.report.texts import text
 from tunesmith.report.units import human_bytes
 from tunesmith.report.view import Line, line
 
+COLUMNS = ("model", "scheme", "size", "of_bf16", "kept", "kl_in", "kl_out", "p99", "top1")
+CARD_COLUMNS = ("model", "scheme", "size", "kept", "kl_in", "kl_out", "top1")
+
 _NONE = "–"
+_OF_ANSWERS = ("kept", "kl_in")
 
 
 @dataclass(frozen=True)
@@ -81,21 +85,56 @@ def drift_markdown(drift: Drift) -> str:
     Returns:
         The document, with one final newline.
     """
-    lines = drift_lines(drift)
-    heads = [text(f"drift.column.{name}") for name in ("model", "scheme", "size", "of_bf16", "kept")]
-    heads += [text(f"drift.column.{name}") for name in ("kl_in", "kl_out", "p99", "top1")]
-    table = [
-        heads,
-        ["---", "---", *["---:"] * (len(heads) - 2)],
-        *([_escaped(cell) for cell in _cells(one)] for one in lines),
-    ]
     parts = [
         f"# {_escaped(drift.run)}: {text('section.drift')}",
         "\n".join(f"- {sentence_markdown(one)}" for one in drift.findings),
-        "\n".join(f"| {' | '.join(cells)} |" for cells in table),
+        drift_table(drift_lines(drift)),
         *(_escaped(text(note.key, **note.params)) for note in drift_notes(drift)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def drift_table(lines: Sequence[DriftLine], lang: str = "en", *, columns: Sequence[str] = COLUMNS) -> str:
+    """Lines of a drift as a Markdown table; names in it have no meaning there.
+
+    Args:
+        lines: which.
+        lang: language of heads, tags and units.
+        columns: which of :data:`COLUMNS`, in this order.
+    """
+    table = [
+        [_escaped(text(f"drift.column.{name}", lang)) for name in columns],
+        ["---" if name in ("model", "scheme") else "---:" for name in columns],
+        *([_escaped(cells[name]) for name in columns] for cells in (_cells(one, lang) for one in lines)),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def drift_for_card(drift: Drift, rows: Sequence[DriftRow], lang: str = "en") -> tuple[str, str]:
+    """What a model card says of a drift: some models beside the yardstick, without the advice among all of them.
+
+    Args:
+        drift: the record.
+        rows: those of its rows that are the card's model.
+        lang: language of the words.
+
+    Returns:
+        A Markdown table, in which what stands for the answers is left out where there are none; and a sentence on what
+        its figures rest on.
+    """
+    lines = [_line(drift, drift.base), *(replace(_line(drift, row), tag="") for row in rows)]
+    columns = [name for name in CARD_COLUMNS if drift.in_domain_rows or name not in _OF_ANSWERS]
+    note = text(
+        f"card.drift.note.{drift.rows_from}",
+        lang,
+        rows=drift.in_domain_rows,
+        tokens=drift.in_domain_tokens,
+        texts=drift.general_rows,
+        general=drift.general_tokens,
+        dtype=drift.dtype,
+        confidence=drift.confidence,
+    )
+    return drift_table(lines, lang, columns=columns), note
 
 
 def _line(drift: Drift, row: DriftRow) -> DriftLine:
@@ -128,23 +167,26 @@ def _cell(unit: str, estimate: Estimate | None) -> Cell:
     return Cell(line(f"unit.{unit}.value", value=estimate.value), interval)
 
 
-def _cells(one: DriftLine) -> Sequence[str]:
-    tag = f" ({text(one.tag)})" if one.tag else ""
+def _cells(one: DriftLine, lang: str) -> dict[str, str]:
+    """The words of every column; the tail is of the answers, or of general texts where there are none."""
+    tag = f" ({text(one.tag, lang)})" if one.tag else ""
     tail = one.sets[0][2] if one.sets else Cell()
-    return [
-        f"{one.row.name}{tag}",
-        " ".join(filter(None, (one.row.model.scheme, one.row.model.rounding))),
-        human_bytes(one.row.model.size_bytes),
-        text("unit.share.value", value=one.row.size_ratio),
-        *(_plain(cell) for cell in (one.kept, one.kl_in, one.kl_out, tail, one.top1)),
-    ]
+    figures = {"kept": one.kept, "kl_in": one.kl_in, "kl_out": one.kl_out, "p99": tail, "top1": one.top1}
+    return {
+        "model": f"{one.row.name}{tag}",
+        "scheme": " ".join(filter(None, (one.row.model.scheme, one.row.model.rounding))),
+        "size": human_bytes(one.row.model.size_bytes),
+        "of_bf16": text("unit.share.value", lang, value=one.row.size_ratio),
+        **{name: _plain(cell, lang) for name, cell in figures.items()},
+    }
 
 
-def _plain(cell: Cell) -> str:
+def _plain(cell: Cell, lang: str) -> str:
     if cell.value is None:
         return _NONE
-    value = text(cell.value.key, **cell.value.params)
-    return value if cell.interval is None else f"{value} ({text(cell.interval.key, **cell.interval.params)})"
+    value = text(cell.value.key, lang, **cell.value.params)
+    interval = "" if cell.interval is None else text(cell.interval.key, lang, **cell.interval.params)
+    return f"{value} ({interval})" if interval else value
 
 
 def _escaped(words: str) -> str:

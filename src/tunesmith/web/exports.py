@@ -59,6 +59,7 @@ class QuantizeParams(Params):
     Attributes:
         run: whose base and adapter are rounded once; or
         directory: a whole model.
+        base_view: how a run's base is seen, as QLoRA training saw it; None for as it is stored.
         dry_run: only tell what it would do.
         force: replace ``out`` where it is not empty.
     """
@@ -71,6 +72,7 @@ class QuantizeParams(Params):
     scheme: Text | None = None
     rounding: Text | None = None
     calibration: Text | None = None
+    base_view: Text | None = None
     dry_run: bool = False
     force: bool = False
 
@@ -137,6 +139,7 @@ class PushParams(Params):
         card: a file that becomes the card; or
         card_text: a card that was typed.
         evaluation_job: the job whose evaluation the card shows.
+        drift_job: the job whose drift has a row of the directory, which the card shows.
         dry_run: only tell what would go up.
         plan_job: the dry run whose plan is carried out: nothing is sent but what was shown.
     """
@@ -157,6 +160,7 @@ class PushParams(Params):
     card_text: Annotated[str, Field(min_length=1, max_length=_LONGEST_CARD)] | None = None
     language: Text | None = None
     evaluation_job: Text | None = None
+    drift_job: Text | None = None
     dry_run: bool = False
     plan_job: Text | None = None
 
@@ -188,7 +192,7 @@ def _quantize(params: QuantizeParams, places: Places, _: Desk) -> Work:
     base = places.base(params.base, run=source)
     out = places.resolve(params.out, must_exist=False)
     calibration = maybe(places, params.calibration)
-    names = ("checkpoint", "scheme", "rounding")
+    names = ("checkpoint", "scheme", "rounding", "base_view")
     asked = given(ts.plan_quantization, **{name: getattr(params, name) for name in names})
 
     def plan(job: Reporter, force: bool) -> ts.QuantizationPlan:
@@ -334,9 +338,8 @@ def _push(params: PushParams, places: Places, desk: Desk) -> Work:
     files: dict[str, Any] = {name: maybe(places, getattr(params, name)) for name in ("run", "model", "card")}
     names = ("to", "private", "revision", "unverified", "replace", "base_model", "licence", "data", "language")
     asked = given(ts.plan_push, **{name: getattr(params, name) for name in names})
-    evaluation = None
-    if params.evaluation_job is not None:
-        evaluation = record_from(desk, params.evaluation_job, ts.Evaluation)
+    jobs = {"evaluation": (params.evaluation_job, ts.Evaluation), "drift": (params.drift_job, ts.Drift)}
+    records = {name: record_from(desk, job, kind) for name, (job, kind) in jobs.items() if job is not None}
     named = {"card": _TYPED_CARD} if params.card_text is not None else {}
     line = command(
         "push",
@@ -344,7 +347,7 @@ def _push(params: PushParams, places: Places, desk: Desk) -> Work:
         params.repo_id,
         **{("license" if name == "licence" else name): value for name, value in asked.items()},
         **{**{name: shown(places, path) for name, path in files.items()}, **named},
-        evaluation=None if evaluation is None else f"evaluation-{params.evaluation_job}.json",
+        **{name: f"{name}-{jobs[name][0]}.json" for name in records},
         dry_run=params.dry_run,
     )
     if not params.dry_run:
@@ -367,7 +370,7 @@ def _push(params: PushParams, places: Places, desk: Desk) -> Work:
                 params.repo_id,
                 **asked,
                 **given_files,
-                evaluation=evaluation,
+                **records,
                 progress=job.progress,
                 cancellation=job.cancellation,
             )

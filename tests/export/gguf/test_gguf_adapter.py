@@ -14,7 +14,7 @@ import gguf
 
 import tunesmith as ts
 from tests.tiny_models import build_adapter
-from tests.verify.gguf.drafts import Draft, build_model, interleave
+from tests.verify.gguf.drafts import Draft, build_model, draft_of, interleave
 
 # What llama.cpp's script does with PEFT's directory, in a few lines.
 CONVERTS = """
@@ -150,3 +150,42 @@ def test_an_adapter_has_types_of_its_own(tmp_path: Path, base: Path, converter: 
             build_adapter(base, tmp_path / "run", seed=1), tmp_path / "lora.gguf", adapter_only=True, base=str(base),
             converter=converter, type="q4_0",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "alpha", "code"), [
+    ("F32", 1, "gguf_behaves"), ("Q8_0", 1, "gguf_behaves_as_stored"), ("F32", 6, "gguf_behaves_otherwise"),
+])  # fmt: skip
+def test_llama_cpp_computes_with_the_adapter_as_peft_does(
+    tmp_path: Path, base: Path, converter: Path, kind: str, alpha: int, code: str
+) -> None:
+    """On a GGUF file of the base, of whatever type, it predicts what the live adapter does; another alpha does not."""
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp (the extra gguf)")
+    run = build_adapter(base, tmp_path / "run", seed=1, target_modules=["q_proj", "v_proj", "down_proj"])
+    right = ts.write_gguf(run, tmp_path / "lora.gguf", adapter_only=True, base=str(base), converter=converter).path
+    reader = gguf.GGUFReader(right, "r+")
+    field = reader.fields["adapter.lora.alpha"]
+    field.parts[field.data[0]][0] *= alpha
+    reader.data.flush()
+    del reader, field
+    on = draft_of(base, "llama", kind=kind).write(tmp_path / "base.gguf")
+    verdict = ts.verify_gguf(run, right, base=str(base), base_gguf=on, levels=["behaviour"])
+    level = verdict.levels[-1]
+    assert [finding.code for finding in level.findings] == [code]
+    assert (level.status == "pass") == (alpha == 1)
+    assert verdict.engine
+    assert len(verdict.behaviour) == 4
+
+
+def test_an_adapter_is_run_only_on_a_file_of_its_base(tmp_path: Path, base: Path, converter: Path) -> None:
+    """Without one the behaviour is not looked at, and says so; asked for, it is an error that names the way."""
+    run = build_adapter(base, tmp_path / "run", seed=1)
+    right = ts.write_gguf(run, tmp_path / "lora.gguf", adapter_only=True, base=str(base), converter=converter).path
+    verdict = ts.verify_gguf(run, right, base=str(base))
+    assert verdict.good
+    assert [(level.name, level.status) for level in verdict.levels][-1] == ("behaviour", "skipped")
+    assert verdict.levels[-1].findings[0].code == "gguf_adapter_not_run"
+    with pytest.raises(ts.TunesmithError, match="GGUF file of its base") as caught:
+        ts.verify_gguf(run, right, base=str(base), levels=["behaviour"])
+    assert "--base-gguf" in str(caught.value.expected)
+    with pytest.raises(ts.TunesmithError, match="no meaning for a GGUF file that is an adapter"):
+        ts.verify_gguf(run, right, base=str(base), levels=["assets"])

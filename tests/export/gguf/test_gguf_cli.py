@@ -91,6 +91,53 @@ def test_a_modelfile_is_written_beside(tmp_path: Path, model: Path) -> None:
     assert "ollama create" in found.output
 
 
+def test_verify_takes_a_gguf_file_too(tmp_path: Path, model: Path) -> None:
+    """The model's directory and the file: exit 0, or 3 where it is another; as a line, as JSON, and as a file."""
+    right = draft_of(model, "llama").write(tmp_path / "right.gguf")
+    found = CliRunner().invoke(app, ["verify", str(model), str(right), *STATIC])
+    assert found.exit_code == 0, found.output
+    assert "Identical" in found.output
+    draft = draft_of(model, "llama")
+    draft.fields["llama.rope.freq_base"] = 500000.0
+    wrong = draft.write(tmp_path / "wrong.gguf")
+    words = ["verify", str(model), str(wrong), *STATIC]
+    found = CliRunner().invoke(app, [*words, "--json", "--out", str(tmp_path / "verdict.json")])
+    assert found.exit_code == 3
+    verdict = ts.GgufVerdict.model_validate_json(found.stdout)
+    assert verdict.answer == "different"
+    assert ts.GgufVerdict.model_validate_json((tmp_path / "verdict.json").read_text("utf-8")) == verdict
+    found = CliRunner().invoke(app, [*words, "--quiet"])
+    assert found.exit_code == 3
+    assert len(found.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--level", "colour"], "no such level"),
+        (["--sample"], "no meaning for a GGUF file"),
+        (["--dtype", "auto"], "no meaning for a GGUF file"),
+    ],
+)
+def test_what_has_no_meaning_for_a_gguf_file_is_said(tmp_path: Path, model: Path, words: list[str], what: str) -> None:
+    """Levels and options of other proofs are errors, not passed over."""
+    file = draft_of(model, "llama").write(tmp_path / "model.gguf")
+    found = CliRunner().invoke(app, ["verify", str(model), str(file), *words])
+    assert isinstance(found.exception, ts.TunesmithError)
+    assert what in found.exception.what
+
+
+def test_a_gguf_file_alone_and_its_option_elsewhere_are_errors(tmp_path: Path, model: Path) -> None:
+    """It is held against something; and only it has a base in GGUF."""
+    file = draft_of(model, "llama").write(tmp_path / "model.gguf")
+    found = CliRunner().invoke(app, ["verify", str(file)])
+    assert isinstance(found.exception, ts.TunesmithError)
+    assert "DIR FILE.gguf" in str(found.exception.expected)
+    found = CliRunner().invoke(app, ["verify", str(model), str(model), "--base-gguf", str(file)])
+    assert isinstance(found.exception, ts.TunesmithError)
+    assert "GGUF file only" in found.exception.what
+
+
 @pytest.mark.parametrize("lang", ts.LANGUAGES)
 def test_every_finding_has_a_text(lang: str) -> None:
     """Whatever the rooms of GGUF state can be read in both languages."""

@@ -217,6 +217,7 @@ def test_k_types_need_llama_cpps_program(tmp_path: Path, model: Path, monkeypatc
     program.chmod(0o755)
     export = ts.write_gguf(model, tmp_path / "model.gguf", type="q4_k_m", converter=path)
     assert export.path.read_bytes() == (path.parent / "ready.gguf").read_bytes()
+    assert export.kept == {"BF16": 15}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bin", "llama.cpp", "model.gguf"]
 
 

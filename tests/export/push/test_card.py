@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 import tunesmith as ts
 from tests.report.conftest import evaluation_of
+from tests.report.test_drift import drift_with
 from tunesmith.errors import DataError
 from tunesmith.export.push import CardFacts, Licence, a_tool_wrote, licence_of, settings_of, write_card
 
@@ -193,6 +194,123 @@ def test_figures_stand_with_their_intervals(tiny_adapter: Path, tmp_path: Path) 
     chinese = ts.plan_push(tiny_adapter, REPO, evaluation=evaluation, language="zh").card
     assert "## 评测结果" in chinese
     assert said(chinese) == said(card)
+
+
+def drift_of(directory: Path, *, name: str = "tuned-int4", **changes: Any) -> ts.Drift:
+    """A drift in which a directory, as it is, has a row; two others were measured beside it."""
+    found = drift_with()
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    own = {"name": name, "path": str(directory), "scheme": "int4:32", "size_bytes": size, **changes}
+    row = found.rows[2].model_copy(update={"model": found.rows[2].model.model_copy(update=own)})
+    return found.model_copy(update={"rows": (*found.rows[:2], row, found.rows[3]), "recommended": name})
+
+
+def section_of(card: str, title: str) -> str:
+    """A section of a card, with its heading."""
+    return f"## {title}" + card.split(f"## {title}")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_what_the_model_keeps_stands_beside_the_base(merged: Path, tmp_path: Path, language: str) -> None:
+    """Its own row and the base's, no other; the advice among all of them is none of a reader's business."""
+    drift = drift_of(merged)
+    drift.write(tmp_path / "drift.json")
+    card = ts.plan_push(merged, REPO, drift=drift, language=language).card
+    assert card == ts.plan_push(merged, REPO, drift=tmp_path / "drift.json", language=language).card
+    section = section_of(card, ts.text("card.drift", language))
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    columns = ("model", "scheme", "size", "kept", "kl_in", "kl_out", "top1")
+    assert lines[0] == [ts.text(f"drift.column.{name}", language) for name in columns]
+    assert [cells[0] for cells in lines[2:]] == [f"base ({ts.text('drift.tag.yardstick', language)})", "tuned-int4"]
+    kept, kl = drift.rows[2].kept, drift.rows[2].general
+    assert kept is not None
+    assert kl is not None
+
+    def figure(unit: str, estimate: ts.Estimate) -> str:
+        ends = ts.text(f"unit.{unit}.range", language, low=estimate.low, high=estimate.high)
+        return f"{ts.text(f'unit.{unit}.value', language, value=estimate.value)} ({ends})"
+
+    assert lines[3][3] == figure("share", kept)
+    assert lines[3][4:] == [figure("nats", kl.kl), figure("nats", kl.kl), figure("share", kl.top1)]
+    assert "40 " in section.splitlines()[-1]
+    assert "3,200 " in section.splitlines()[-1]
+    assert said(card) == said(ts.plan_push(merged, REPO).card)
+
+
+def test_a_relative_path_and_two_names_of_one_directory_are_found(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``tunesmith drift`` was given it, from where it was typed."""
+    monkeypatch.chdir(merged.parent)
+    drift = drift_of(merged)
+    rows = [
+        row.model_copy(update={"model": row.model.model_copy(update={"name": name, "path": merged.name})})
+        for row, name in ((drift.rows[2], "one"), (drift.rows[2], "two"))
+    ]
+    card = ts.plan_push(merged, REPO, drift=drift.model_copy(update={"rows": (drift.rows[0], *rows)})).card
+    assert re.findall(r"^\| (one|two) ", card, re.MULTILINE) == ["one", "two"]
+
+
+def test_without_answers_the_card_shows_general_texts_alone(merged: Path) -> None:
+    """No column of dashes, and a sentence that says so."""
+    drift = drift_of(merged)
+    rows = [row.model_copy(update={"in_domain": None, "kept": None, "loss": None}) for row in drift.rows]
+    none = {"rows": tuple(rows), "rows_from": "none", "in_domain_rows": 0, "in_domain_tokens": 0, "gain": None}
+    section = section_of(ts.plan_push(merged, REPO, drift=drift.model_copy(update=none)).card, ts.text("card.drift"))
+    assert "| model | stored as | size | KL, general | same first choice |" in section
+    assert "no rows with known answers" in section
+
+
+def test_names_in_a_drift_mean_nothing_in_markdown(merged: Path) -> None:
+    """A directory may be called anything."""
+    card = ts.plan_push(merged, REPO, drift=drift_of(merged, name="a|b](http://x)<b>\u202e")).card
+    assert r"a\|b\](http://x)\<b\>" in card
+    assert "\u202e" not in card
+
+
+def test_a_drift_without_the_directory_names_those_it_has_and_the_line_to_type(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was of schemes alone, whose models are gone: an empty path is no directory."""
+    with pytest.raises(DataError, match="no row of the directory") as caught:
+        ts.plan_push(merged, REPO, drift=drift_with(), run="out/my run")
+    assert caught.value.details == ("/int8", "/int4:32", "/int4:64")
+    assert caught.value.next_step == f"tunesmith drift 'out/my run' {merged} --out drift.json"
+    gone = drift_of(merged, path="")
+    monkeypatch.chdir(merged)
+    with pytest.raises(DataError, match="no row of the directory") as caught:
+        ts.plan_push(".", REPO, drift=gone)
+    assert "tuned-int4: made for the comparison, and gone" in caught.value.details
+    assert str(caught.value.next_step).startswith("tunesmith drift RUN ")
+
+
+def test_a_drift_of_the_base_is_none_of_the_model(merged: Path) -> None:
+    """The yardstick's own directory has no row to show."""
+    drift = drift_of(merged)
+    base = drift.rows[0].model_copy(update={"model": drift.rows[0].model.model_copy(update={"path": str(merged)})})
+    with pytest.raises(DataError, match="no row of the directory"):
+        ts.plan_push(merged, REPO, drift=drift.model_copy(update={"rows": (base, *drift_with().rows[1:])}))
+
+
+def test_a_model_that_was_replaced_since_is_not_the_one_that_was_measured(merged: Path) -> None:
+    """Told by its size."""
+    with pytest.raises(DataError, match="another model") as caught:
+        ts.plan_push(merged, REPO, drift=drift_of(merged, size_bytes=1234))
+    assert "1,234 bytes" in str(caught.value.expected)
+    assert "tunesmith drift" in str(caught.value.next_step)
+
+
+def test_a_drift_is_of_models_alone(tiny_adapter: Path, merged: Path, tmp_path: Path) -> None:
+    """An adapter is what the others are held against; of GGUF files nothing was measured."""
+    with pytest.raises(DataError, match="merged and quantized models alone") as caught:
+        ts.plan_push(tiny_adapter, REPO, drift=drift_of(merged))
+    assert caught.value.found == "adapter"
+    (tmp_path / "gguf").mkdir()
+    file = tmp_path / "gguf" / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for target in (file, file.parent):
+        with pytest.raises(DataError, match="merged and quantized models alone"):
+            ts.plan_push(target, REPO, model=merged, unverified=True, drift=drift_of(merged))
 
 
 def test_an_adapters_card_tells_how_it_was_trained(tiny_adapter: Path) -> None:

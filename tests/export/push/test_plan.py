@@ -90,6 +90,18 @@ def test_nobodys_proof_is_no_push_but_on_request(merged: Path) -> None:
     assert "Nobody has verified these files." in plan.card
 
 
+def test_the_proof_to_make_first_is_of_the_view_that_it_was_made_from(tiny: TinyRun, tmp_path: Path) -> None:
+    """What was quantized from a view of the base is no other model's, so the command names the view."""
+    run, out = tiny.adapters["final"], tmp_path / "out"
+    ts.quantize(ts.plan_quantization(run, out, scheme="int8", base=str(tiny.base), base_view="nf4"))
+    with pytest.raises(CheckpointError) as caught:
+        ts.plan_push(out, REPO)
+    assert str(caught.value.next_step).startswith(f"tunesmith verify RUN {out} --base-view nf4")
+    verdict = ts.verify(run, out, base=str(tiny.base), base_view="nf4", levels=("structure", "assets", "weights"))
+    assert verdict.good
+    assert ts.plan_push(out, REPO).verified == "equal_within_quantization"
+
+
 @pytest.mark.parametrize("how", ["changed", "missing", "came since"])
 def test_a_certificate_that_does_not_hold_stops_a_push(merged: Path, how: str) -> None:
     """All that is wrong is named; with --unverified the certificate stays here."""

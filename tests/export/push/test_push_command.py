@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.export.push.fake_hub import TOKEN, FakeHub
+from tests.export.push.test_card import drift_of
 from tunesmith.cli.app import app
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, DataError
 
 REPO = "me/tuned"
 
@@ -49,6 +50,21 @@ def test_a_card_is_written_once_edited_and_sent(merged: Path, hub: FakeHub, tmp_
     assert "the hashes there are those of the files here" in done.stdout
     assert hub.content(hub.files(REPO)["README.md"]) == card.read_bytes()
     assert TOKEN not in done.output
+
+
+def test_the_figures_of_a_drift_go_on_the_card(merged: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """Of a file that ``tunesmith drift --out`` wrote; of another directory's, the command that measures this one."""
+    drift_of(merged).write(tmp_path / "drift.json")
+    done = run(merged, REPO, "--endpoint", hub.url, "--dry-run", "--drift", tmp_path / "drift.json")
+    assert done.exit_code == 0
+    assert "## What it keeps of the fine-tune" in done.stdout
+    assert "97.0% (95.0% to 99.0%)" in done.stdout
+    drift_of(merged, path="elsewhere").write(tmp_path / "drift.json")
+    with pytest.raises(DataError) as caught:
+        run(merged, REPO, "--endpoint", hub.url, "--drift", tmp_path / "drift.json", "--run", "out/run")
+    assert "elsewhere" in caught.value.details
+    assert caught.value.next_step == f"tunesmith drift out/run {merged} --out drift.json"
+    assert not hub.seen
 
 
 def test_json_is_one_document(merged: Path, hub: FakeHub) -> None:

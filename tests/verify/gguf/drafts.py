@@ -6,6 +6,7 @@ Names are spelled out and rows interleaved one by one, so that nothing is shared
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,19 @@ class Draft:
     tensors: dict[str, Array] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
-    def write(self, path: Path) -> Path:
-        """Write the file."""
+    def write(self, path: Path, *, own: Callable[[Any], Any] | None = None, kind: str = "BF16") -> Path:
+        """Write the file; matrices by ``own``, where it is given, as ``kind``."""
         writer = gguf.GGUFWriter(None, self.architecture)
         for key, value in self.fields.items():
             _add(writer, key, value)
         for name, values in self.tensors.items():
-            kind = gguf.GGMLQuantizationType[self.kinds[name]]
+            if own is not None and values.ndim > 1:
+                writer.add_tensor(name, own(values), raw_dtype=gguf.GGMLQuantizationType[kind])
+                continue
+            of = gguf.GGMLQuantizationType[self.kinds[name]]
             with np.errstate(over="ignore"):  # what is too large becomes infinite, as in the field
-                stored = gguf.quants.quantize(np.ascontiguousarray(values), kind)
-            writer.add_tensor(name, stored, raw_dtype=kind)
+                stored = gguf.quants.quantize(np.ascontiguousarray(values), of)
+            writer.add_tensor(name, stored, raw_dtype=of)
         writer.write_header_to_file(path=path)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -93,6 +93,21 @@ def quantize_file(
     return {kind.name: kept.count(kind) for kind in dict.fromkeys(kept) if kind != wanted}
 
 
+def kept_finer(file: Path, type_name: str) -> dict[str, int]:
+    """How many matrices of a file that llama-quantize wrote are in another type than the one asked for.
+
+    Its mixes keep some finer on purpose, and rows that are no multiple of 256 get a type in blocks of 32.
+    """
+    try:
+        import gguf
+    except ImportError:
+        return {}
+    name = type_name.upper()
+    own = name if name in gguf.GGMLQuantizationType.__members__ else name.rpartition("_")[0]
+    kinds = [tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds) if kind != own}
+
+
 class _Streamed:
     """What the writer takes for an array: it asks for its size, and has it write itself to a file."""
 

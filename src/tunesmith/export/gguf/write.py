@@ -19,7 +19,7 @@ from tunesmith.export.gguf.converter import (
     run_converter,
     safe_view,
 )
-from tunesmith.export.gguf.quantize import quantize_file, require_program
+from tunesmith.export.gguf.quantize import kept_finer, quantize_file, require_program
 from tunesmith.export.gguf.records import GgufExport
 from tunesmith.export.gguf.types import maker_of
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -87,6 +87,7 @@ def write_model(
                     cancellation=stop,
                     translate=lambda said: OutputError("llama-quantize stopped.", found=last_words(said)),
                 )
+                kept = kept_finer(partial, type_name)
         finally:
             if full != partial:
                 full.unlink(missing_ok=True)

@@ -69,6 +69,8 @@ class CardFacts:
         certificate: the certificate's file; empty where what was proved stands in none, as of a GGUF file.
         results: cells of a table, a line each, the first its head; empty for none.
         results_note: what the table rests on.
+        drift: a Markdown table of how far the model is from the unmerged adapter; empty for none.
+        drift_note: what that table rests on.
         settings: names and values of the training's settings.
         code: whether it brings code of its own.
     """
@@ -89,6 +91,8 @@ class CardFacts:
     certificate: str = ""
     results: Sequence[Sequence[str]] = ()
     results_note: str = ""
+    drift: str = ""
+    drift_note: str = ""
     settings: Sequence[tuple[str, str]] = ()
     code: bool = False
 
@@ -111,6 +115,8 @@ def write_card(facts: CardFacts, say: Say) -> str:
     ]
     if facts.results:
         parts += [f"## {say('card.results')}", _table(facts.results), facts.results_note]
+    if facts.drift:
+        parts += [f"## {say('card.drift')}", facts.drift, facts.drift_note]
     if facts.kind != "adapter":
         parts += [f"## {say('card.verification')}", *_verification(facts, say)]
     parts += [f"## {say('card.run')}", *_run(facts, say)]

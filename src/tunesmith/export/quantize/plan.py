@@ -12,12 +12,14 @@ from tunesmith.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
+    BaseView,
     Checkpoint,
     QuantizedScheme,
     TensorInfo,
     check_free_space,
     check_out_dir,
     locate_base,
+    view_of,
 )
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.export.quantize.choose import Choice, choose
@@ -54,6 +56,7 @@ def plan_quantization(
     calibration: str | os.PathLike[str] | None = None,
     seed: int = 0,
     shard_size: str | int | None = None,
+    base_view: str | None = None,
     force: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> QuantizationPlan:
@@ -75,6 +78,8 @@ def plan_quantization(
         seed: of that text.
         shard_size: the size that no file of more than one tensor exceeds, such as ``5GB``, ``500MB`` or ``2GiB``, or a
             number of bytes; None keeps the base's own division into files.
+        base_view: see a run's base as QLoRA training saw it: ``nf4``, ``nf4-double`` or ``int8``; None for as it is
+            stored.
         force: replace ``out`` where it is not empty.
         progress: told of the embedded model's preparation, where that is the base.
 
@@ -84,7 +89,7 @@ def plan_quantization(
     Raises:
         TunesmithError: any reason not to quantize, all mismatches of a kind in one.
     """
-    form, chosen_rounding = scheme_of(scheme), _rounding(rounding)
+    form, chosen_rounding, view = scheme_of(scheme), _rounding(rounding), view_of(base_view)
     rows = _calibration(calibration, chosen_rounding)
     shard_bytes = size_in_bytes(shard_size)
     require_package()
@@ -92,12 +97,15 @@ def plan_quantization(
     target = Path(out).expanduser()
     check_out_dir(target, force=force, inputs=origin.inputs)
     model = Checkpoint(origin.base_dir)
+    if view is not None:
+        _check_view(view, origin, model, chosen_rounding)
     layout = laid_out(model, origin.adapters, form, shard_bytes=shard_bytes)
     assets, warnings = assets_of(origin.run, origin.checkpoint, model)
     runs = [origin.run] if origin.run is not None else []
     coarse = form.bits < FINE_BITS and chosen_rounding != CALIBRATED
     advice = [Finding(code="quantize_calibrated_is_nearer", severity="info")] if coarse else []
-    warnings = [*advice, *layout.choice.findings, *layout.binding.findings, *quantized_training(runs, None), *warnings]
+    seen = quantized_training(runs, base_view)
+    warnings = [*advice, *layout.choice.findings, *layout.binding.findings, *seen, *warnings]
     write_bytes = sum(file.size_bytes for file in layout.files) + len((layout.index or "").encode())
     write_bytes += sum(Path(asset.source).stat().st_size for asset in assets)
     elements = sum(layout.before[name].elements for name in layout.choice.quantized)
@@ -109,6 +117,7 @@ def plan_quantization(
         ),
         base_model=origin.base_name,
         base=str(origin.base_dir.resolve()),
+        base_view=base_view,
         out=str(target.resolve()),
         scheme=form.name,
         rounding=chosen_rounding,
@@ -125,13 +134,20 @@ def plan_quantization(
         write_bytes=write_bytes,
         free_bytes=check_free_space(target, write_bytes),
         memory_bytes=_memory(layout, chosen_rounding),
-        seconds=1.0 + elements * _SECONDS[chosen_rounding] + write_bytes / 1.5e9,
+        seconds=_STARTING_S + elements * _seconds_each(form, chosen_rounding, rows) + write_bytes / 1.5e9,
         force=force,
         warnings=tuple(warnings),
     )
 
 
-_SECONDS = {"nearest": 2e-8, "faithful": 1.5e-7, CALIBRATED: 6e-7}  # a number, on two cores
+_STARTING_S = 4.0  # the imports, and the headers
+
+
+def _seconds_each(scheme: QuantizedScheme, rounding: str, rows: str | None) -> float:
+    """What a number takes on two cores, in seconds: measured by benchmarks/quantize_drift.py."""
+    if rounding == CALIBRATED:
+        return 1.5e-6 if rows is None else 6.5e-7  # its text is written first
+    return 1.3e-7 if rounding == "faithful" and scheme.bits >= FINE_BITS else 5e-8
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,24 @@ def _origin(
         raise BaseModelError("The adapter names no base model.", where=chosen.path, next_step="pass --base")
     base_dir = locate_base(name, relative_to=Path(run.path).parent, progress=progress)
     return _Origin(name, base_dir, ((chosen.path, 1.0),), run, chosen)
+
+
+def _check_view(view: BaseView, origin: _Origin, model: Checkpoint, rounding: str) -> None:
+    """Make sure that a base can be seen so, and that nothing is asked of it that only the stored one has."""
+    asked = f"--base-view {view.kind}"
+    if origin.run is None:
+        raise OutputError(
+            "A whole model has no base.", where=origin.base_dir, found=asked, next_step="leave --base-view out"
+        )
+    if rounding == CALIBRATED:
+        raise OutputError(
+            "Calibrated rounding needs the live adapter beside its base, and a view of the base has no such twin.",
+            where=f"--rounding {rounding}",
+            expected="the base as it is stored",
+            found=asked,
+            next_step="leave --rounding out: faithful rounding needs no forward pass",
+        )
+    view.check(model)
 
 
 def _is_whole_model(path: Path) -> bool:

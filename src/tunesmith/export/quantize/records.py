@@ -16,6 +16,7 @@ class QuantizationPlan(Record):
         adapters: what is merged in on the way, before the one rounding; none for a model that comes alone.
         base_model: the base, or the model that comes alone, as it was asked for.
         base: absolute directory of that.
+        base_view: how the base is seen, as QLoRA training saw it; None for as it is stored.
         out: absolute directory to be made.
         scheme: ``int8``, ``int4:128``, ``int4:64``, ``int4:32``, ``w8a8`` or ``fp8``.
         rounding: ``nearest``, ``faithful`` or ``calibrated``.
@@ -40,6 +41,7 @@ class QuantizationPlan(Record):
     adapters: tuple[Ingredient, ...] = ()
     base_model: str
     base: str
+    base_view: str | None = None
     out: str
     scheme: str
     rounding: str

@@ -14,7 +14,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from tunesmith.adapter import beside
-from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, resumable_stage, write_error
+from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, resumable_stage, view_of, write_error
 from tunesmith.errors import CheckpointError, OutputError
 from tunesmith.export.quantize.plan import Layout, laid_out
 from tunesmith.export.quantize.records import QuantizationPlan, Quantized, TensorRounded
@@ -126,7 +126,7 @@ def _make_files(files: Sequence[OutputFile], folder: Path) -> None:
 def _units(
     plan: QuantizationPlan, model: Checkpoint, layout: Layout, folder: Path, *, inputs: Path | None
 ) -> Iterator[QuantizeUnit | Unit]:
-    scheme = scheme_of(plan.scheme)
+    scheme, view = scheme_of(plan.scheme), view_of(plan.base_view)
     context = Context(
         plan.base,
         tuple((one.adapter, one.weight) for one in plan.adapters),
@@ -139,7 +139,7 @@ def _units(
     placed = {info.name: (file, info) for file in layout.files for info in file.tensors}
     for module, name in from_stored.items():
         updates, others = by_name.get(name, ()), neighbours.get(name, ())
-        task = task_of(layout.before[name], model, updates, others, view=None)
+        task = task_of(layout.before[name], model, updates, others, view=view)
         rows, columns = layout.before[name].shape
         codes_name, scales_name, *shape_name = scheme.tensors(module, rows, columns)
         file, codes = placed.pop(codes_name)
@@ -154,7 +154,7 @@ def _units(
             context=context,
         )
     for name, (file, info) in placed.items():
-        piece = piece_of(info, model, by_name.get(name, ()), neighbours.get(name, ()), view=None)
+        piece = piece_of(info, model, by_name.get(name, ()), neighbours.get(name, ()), view=view)
         for pieces in cut([piece]) if piece.count else ():
             end = pieces[-1].begin + pieces[-1].count
             yield Unit(str(folder / file.filename), pieces[0].begin, end, pieces, context)

@@ -14,7 +14,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,6 +36,7 @@ from tunesmith.verify.certificate.statement import (
     CertifiedMerge,
     CertifiedQuantization,
     CertifiedVerdict,
+    HashedFile,
     Predicate,
     hashed_file,
     read_certificate,
@@ -86,7 +87,7 @@ def write_certificate(
     """Write the certificate of a merged model, whole or not at all; a certificate that is there is replaced.
 
     Where ``merge`` and ``quantization`` are None and the certificate that is replaced is of the same weights, made of
-    the same files, both are taken from there.
+    the same weights, both are taken from there.
 
     Args:
         directory: the merged model.
@@ -319,13 +320,18 @@ def _made_before(directory: Path, new: Certificate) -> Predicate | None:
         return None
     mine, before = (
         (
-            [file for file in one.subject if file.name.endswith(".safetensors")],
-            (one.predicate.base.files, one.predicate.base.view, one.predicate.base.is_residual),
+            _weights(one.subject),
+            (_weights(one.predicate.base.files), one.predicate.base.view, one.predicate.base.is_residual),
             [(adapter.files, adapter.weight) for adapter in one.predicate.adapters],
         )
         for one in (new, old)
     )
     return old.predicate if mine == before else None
+
+
+def _weights(files: Iterable[HashedFile]) -> list[HashedFile]:
+    """The files of weights among those: another copy of a base may lack a small one."""
+    return [file for file in files if file.name.endswith(".safetensors")]
 
 
 def _behaviour(rows: Sequence[BehaviourRow], dtype: str | None) -> CertifiedBehaviour:

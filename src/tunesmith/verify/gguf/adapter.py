@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tunesmith.adapter import LowRank, Stack
 from tunesmith.checkpoint import Checkpoint, Float64
+from tunesmith.errors import CheckpointError
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
 from tunesmith.verify.gguf.bounds import outside
 from tunesmith.verify.gguf.families import family_of, interleaved, sources_of
 from tunesmith.verify.gguf.file import GgufFile
-from tunesmith.verify.gguf.records import GgufTensor, GgufVerdict
-from tunesmith.verify.gguf.weights import weights_findings
+from tunesmith.verify.gguf.records import GgufRow, GgufTensor, GgufVerdict
+from tunesmith.verify.gguf.running import WINDOW, ask, check_behaviour, engine_missing, prompts_for
+from tunesmith.verify.gguf.weights import match_tensors, weights_findings
 from tunesmith.verify.records import Answer, Level, LevelName, Status
 
+ADAPTER_LEVELS: tuple[LevelName, ...] = ("structure", "weights", "behaviour")
 _ALPHA = "adapter.lora.alpha"
 
 
@@ -26,6 +31,9 @@ def verify_gguf_adapter(
     base: Path,
     file: Path,
     *,
+    base_gguf: Path | None = None,
+    levels: Sequence[str] = ADAPTER_LEVELS,
+    threads: int | None = None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
 ) -> GgufVerdict:
@@ -38,11 +46,14 @@ def verify_gguf_adapter(
         adapter: PEFT's directory.
         base: the base model's directory.
         file: the GGUF adapter.
-        progress: told of pairs.
+        base_gguf: a GGUF file of the base, which llama.cpp puts the adapter on; None for no behaviour level.
+        levels: of ``structure``, ``weights`` and ``behaviour``.
+        threads: of llama.cpp; None for the processor's.
+        progress: told of pairs and prompts.
         cancellation: read between pairs.
 
     Returns:
-        The verdict, of the structure and the weights.
+        The verdict.
 
     Raises:
         TunesmithError: one of the three cannot be read, or the adapter does not fit the base.
@@ -53,30 +64,92 @@ def verify_gguf_adapter(
     structure, places, heads = _structure(found, model, pairs)
     tensors: list[GgufTensor] = []
     alpha = found.get(_ALPHA)
-    if isinstance(alpha, float) and alpha and places:
-        stop = cancellation or Cancellation()
+    stop = cancellation or Cancellation()
+    if isinstance(alpha, float) and alpha and places and "weights" in levels:
         for number, (name, pair) in enumerate(places.items()):
             stop.check()
             progress(Progress("verify weights", number, len(places), "pairs", name))
             tensors += _pair(found, stack, name, pair, alpha, heads=heads[name])
     weights = weights_findings(tensors)
     seconds = time.perf_counter() - started
-    levels = (_level("structure", structure, seconds), _level("weights", weights, seconds))
+    run = _Run(base_gguf, adapter, model, file, threads=threads, progress=progress, cancellation=stop)
+    behaviour = run.findings() if "behaviour" in levels else []
+    done = (
+        _level("structure", structure if "structure" in levels else [], seconds),
+        _level("weights", weights, seconds),
+        _level("behaviour", behaviour, time.perf_counter() - started - seconds),
+    )
     return GgufVerdict(
         model=adapter.resolve().name,
         file=file.name,
         type=tensors[0].type if tensors else "–",
         architecture=found.architecture or None,
-        answer=_answer(levels, tensors),
-        levels=levels,
+        answer=_answer(done, tensors),
+        levels=done,
         tensors=tuple(tensors),
+        behaviour=run.rows,
+        engine=run.engine,
     )
+
+
+class _Run:
+    """The adapter in a real llama.cpp, on a GGUF file of its base, against PEFT's own forward."""
+
+    def __init__(
+        self,
+        base_gguf: Path | None,
+        adapter: Path,
+        model: Checkpoint,
+        file: Path,
+        *,
+        threads: int | None,
+        progress: ProgressCallback,
+        cancellation: Cancellation,
+    ) -> None:
+        self._base_gguf, self._adapter, self._model, self._file = base_gguf, adapter, model, file
+        self._threads, self._progress, self._cancellation = threads, progress, cancellation
+        self.rows: tuple[GgufRow, ...] = ()
+        self.engine: str | None = None
+
+    def findings(self) -> list[Finding]:
+        if self._base_gguf is None:
+            return [Finding(code="gguf_adapter_not_run", severity="info")]
+        if package := engine_missing():
+            return [Finding(code="gguf_no_engine", severity="info", params={"package": package})]
+        found, family = GgufFile(self._base_gguf), family_of(self._model.config)
+        if family is None or family.gguf != found.architecture:
+            params: dict[str, Value] = {"expected": family.gguf if family else "–", "found": found.architecture or "–"}
+            return [Finding(code="gguf_architecture_differs", severity="error", params=params)]
+        try:
+            prompts = prompts_for(found, self._model)
+        except CheckpointError as error:
+            return [Finding(code="gguf_not_run", severity="info", params={"reason": error.what})]
+        try:
+            answers = ask(
+                self._base_gguf.resolve(),
+                texts=(),
+                prompts=prompts,
+                window=WINDOW,
+                threads=self._threads or os.cpu_count() or 1,
+                cancellation=self._cancellation,
+                adapter=self._file.resolve(),
+            )
+        except CheckpointError as error:
+            return [Finding(code="gguf_engine_failed", severity="error", params={"found": error.found or "–"})]
+        sources = match_tensors(found, self._model, family).sources
+        self.engine = answers.engine
+        self.rows, finding = check_behaviour(
+            found, self._model, sources, prompts, answers, progress=self._progress, adapter=self._adapter
+        )
+        return [finding]
 
 
 def _level(name: LevelName, findings: list[Finding], seconds: float) -> Level:
     severities = {finding.severity for finding in findings}
     status: Status = "fail" if "error" in severities else "warn" if "warning" in severities else "pass"
-    return Level(name=name, status=status if findings else "skipped", findings=tuple(findings), seconds=seconds)
+    return Level(
+        name=name, status=status if severities - {"info"} else "skipped", findings=tuple(findings), seconds=seconds
+    )
 
 
 def _answer(levels: tuple[Level, ...], tensors: list[GgufTensor]) -> Answer:

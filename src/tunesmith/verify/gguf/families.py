@@ -61,6 +61,7 @@ FAMILIES: Mapping[str, Family] = {
     "GemmaForCausalLM": Family("gemma", norm_plus_one=True, head_left_out=True),
     "Gemma2ForCausalLM": Family("gemma2", norm_plus_one=True, head_left_out=True),
     "Gemma3ForCausalLM": Family("gemma3", norm_plus_one=True),
+    "Olmo2ForCausalLM": Family("olmo2"),
 }
 
 

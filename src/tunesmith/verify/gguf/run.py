@@ -16,15 +16,13 @@ from tunesmith.record import Finding
 from tunesmith.verify.gguf.families import Family, Source, family_of
 from tunesmith.verify.gguf.file import GgufFile
 from tunesmith.verify.gguf.records import GgufRow, GgufTensor, GgufVerdict
-from tunesmith.verify.gguf.running import Answers, ask, check_behaviour, engine_missing, prompts_of
+from tunesmith.verify.gguf.running import Answers, ask, check_behaviour, engine_missing, prompts_for, window_of
 from tunesmith.verify.gguf.settings import check_settings
-from tunesmith.verify.gguf.vocabulary import check_tokenizing, check_vocabulary, probes_of
-from tunesmith.verify.gguf.weights import check_weights, match_tensors, weights_findings
+from tunesmith.verify.gguf.vocabulary import check_added, check_tokenizing, check_vocabulary, probes_of
+from tunesmith.verify.gguf.weights import check_weights, match_tensors, weighted, weights_findings
 from tunesmith.verify.records import Answer, Level, LevelName, Status
 
 GGUF_LEVELS: tuple[LevelName, ...] = get_args(LevelName)
-_WINDOW = 512
-_RESERVED = 64  # of the window, for what is written
 
 
 def verify_gguf(
@@ -146,7 +144,7 @@ class _Verification:
         self.tensors = check_weights(
             self.file, self.model, self.sources, progress=self.progress, cancellation=self.cancellation
         )
-        return weights_findings(self.tensors)
+        return weights_findings(self.tensors, weighted=weighted(self.file))
 
     def _behaviour(self) -> list[Finding]:
         if self.answers is None:
@@ -159,7 +157,8 @@ class _Verification:
             )
         except CheckpointError as error:
             return [Finding(code="gguf_not_run", severity="info", params={"reason": error.what})]
-        return [finding]
+        # What llama.cpp puts before a text is a part of how it behaves; with the assets it is told there.
+        return [finding] if "assets" in self.levels else [*check_added(self.file, self.model.path), finding]
 
     def _ask(self) -> None:
         """Ask llama.cpp once, for whichever levels need it."""
@@ -169,12 +168,11 @@ class _Verification:
         if package := engine_missing():
             self.not_run = Finding(code="gguf_no_engine", severity="info", params={"package": package})
             return
-        window = min(int(self.model.config.get("max_position_embeddings") or _WINDOW), _WINDOW)
         try:
             if "assets" in wanted and (self.model.path / "tokenizer.json").is_file():
                 self.probes = probes_of(self.model.path)
             if "behaviour" in wanted:
-                self.prompts = prompts_of(self.model.path, longest=window - _RESERVED)
+                self.prompts = prompts_for(self.file, self.model)
         except CheckpointError as error:
             self.not_run = Finding(code="gguf_not_run", severity="info", params={"reason": error.what})
             return
@@ -183,7 +181,7 @@ class _Verification:
                 self.file.path.resolve(),
                 texts=self.probes,
                 prompts=self.prompts,
-                window=window,
+                window=window_of(self.model),
                 threads=self.threads,
                 cancellation=self.cancellation,
             )

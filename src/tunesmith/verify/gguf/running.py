@@ -17,16 +17,19 @@ import numpy as np
 
 from tunesmith.checkpoint import Checkpoint, Float64
 from tunesmith.errors import CheckpointError
-from tunesmith.models.loading import load_model, load_tokenizer
+from tunesmith.models.loading import load_model, load_tokenizer, read_adapter_config
 from tunesmith.models.quiet import quiet_loading
 from tunesmith.progress import Cancellation, Progress, ProgressCallback
 from tunesmith.record import Finding, Value
 from tunesmith.verify.gguf.families import Source
 from tunesmith.verify.gguf.file import GgufFile
 from tunesmith.verify.gguf.records import GgufRow
+from tunesmith.verify.gguf.vocabulary import adds
 from tunesmith.verify.gguf.weights import stored_values
 
 NEW_TOKENS = 24
+WINDOW = 512
+_RESERVED = 64  # of the window, for what is written
 _LIKELIEST = 256
 _SCRIPT = Path(__file__).with_name("served.py")
 _POLL_SECONDS = 0.2
@@ -63,16 +66,27 @@ def engine_missing() -> str | None:
     return None if importlib.util.find_spec("xllamacpp") is not None else "xllamacpp"
 
 
-def prompts_of(folder: Path, *, longest: int) -> list[list[int]]:
-    """The built-in prompts as token ids, in the model's own chat template where it has one.
+def prompts_for(file: GgufFile, model: Checkpoint) -> list[list[int]]:
+    """The built-in prompts as the token ids that llama.cpp would make of them with a file.
 
     Args:
-        folder: the model's directory.
-        longest: tokens that a prompt may have; what is longer is cut.
+        file: the GGUF model, which says whether a text begins with a token of its own.
+        model: the model's directory.
 
     Raises:
         CheckpointError: the tokenizer cannot be loaded.
     """
+    begin = file.get("tokenizer.ggml.bos_token_id") if adds(file, "bos") else None
+    return _prompts(model.path, longest=window_of(model) - _RESERVED, begin=begin)
+
+
+def window_of(model: Checkpoint) -> int:
+    """How many tokens llama.cpp is asked to have room for."""
+    return min(int(model.config.get("max_position_embeddings") or WINDOW), WINDOW)
+
+
+def _prompts(folder: Path, *, longest: int, begin: int | None) -> list[list[int]]:
+    """The prompts in the model's own chat template, if it has one, with the token that begins every text, if any."""
     with quiet_loading():
         tokenizer = load_tokenizer(folder)
     encoded = []
@@ -80,10 +94,12 @@ def prompts_of(folder: Path, *, longest: int) -> list[list[int]]:
         if getattr(tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": text}]
             shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(shown, add_special_tokens=False)["input_ids"]
         else:
-            ids = tokenizer(text)["input_ids"]
-        encoded.append([int(token) for token in ids][:longest])
+            shown = text
+        ids = [int(token) for token in tokenizer(shown, add_special_tokens=False)["input_ids"]]
+        if begin is not None and ids[:1] != [begin]:
+            ids.insert(0, begin)
+        encoded.append(ids[:longest])
     return encoded
 
 
@@ -95,8 +111,18 @@ def ask(
     window: int,
     threads: int,
     cancellation: Cancellation,
+    adapter: Path | None = None,
 ) -> Answers:
     """Have a llama.cpp in a process of its own tokenize texts and continue prompts.
+
+    Args:
+        file: the GGUF model.
+        texts: what to tokenize.
+        prompts: token ids to continue.
+        window: the context's size in tokens.
+        threads: how many.
+        cancellation: ends the process.
+        adapter: a GGUF adapter to compute with.
 
     Raises:
         CheckpointError: it could not load the file, or ended; what it said last is told.
@@ -104,6 +130,7 @@ def ask(
     """
     question = {
         "model": str(file),
+        "adapter": str(adapter) if adapter is not None else None,
         "texts": list(texts),
         "prompts": [list(prompt) for prompt in prompts],
         "new_tokens": NEW_TOKENS,
@@ -138,6 +165,7 @@ def check_behaviour(
     answers: Answers,
     *,
     progress: ProgressCallback,
+    adapter: Path | None = None,
 ) -> tuple[tuple[GgufRow, ...], Finding]:
     """Hold what llama.cpp wrote, and how likely it held it, against the model in float32.
 
@@ -151,6 +179,7 @@ def check_behaviour(
         prompts: token ids.
         answers: llama.cpp's.
         progress: told of prompts.
+        adapter: PEFT's directory of an adapter that llama.cpp computed with; the model does too, by PEFT's own forward.
 
     Returns:
         A row a prompt, and what they come to.
@@ -161,6 +190,11 @@ def check_behaviour(
     with quiet_loading():
         loaded = load_model(model.path, dtype="float32", device="cpu", error=CheckpointError)
         tokenizer = load_tokenizer(model.path)
+        places = dict(loaded.named_parameters(remove_duplicate=False))
+        if adapter is not None:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, str(adapter), config=read_adapter_config(adapter)).eval()
     exact = all(file.type(name) in _EXACT for name in sources)
     pairs = list(zip(prompts, answers.prompts, strict=True))
     rows = []
@@ -168,7 +202,7 @@ def check_behaviour(
         progress(Progress("verify behaviour", number, len(prompts), "prompts"))
         rows.append(_row(loaded, tokenizer, prompt, said))
     drift = [row.mean_kl for row in rows]
-    replaced = exact or _write_into(loaded, file, model, sources)
+    replaced = exact or _write_into(places, file, model, sources)
     if replaced and not exact:
         rows = [_row(loaded, tokenizer, prompt, said) for prompt, said in pairs]
         rows = [row.model_copy(update={"drift_kl": kl}) for row, kl in zip(rows, drift, strict=True)]
@@ -226,11 +260,10 @@ def _kl(log_p_V: Float64, likeliest: Sequence[Sequence[float]]) -> float:
     return kl + (rest_p * math.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0)
 
 
-def _write_into(loaded: Any, file: GgufFile, model: Checkpoint, sources: Mapping[str, Source]) -> bool:
-    """Give a loaded model the numbers that the file means; False where a tensor is not one of its parameters."""
+def _write_into(places: Mapping[str, Any], file: GgufFile, model: Checkpoint, sources: Mapping[str, Source]) -> bool:
+    """Give parameters the numbers that the file means; False where a tensor is none of them."""
     import torch
 
-    places = dict(loaded.named_parameters(remove_duplicate=False))
     for name, source in sources.items():
         for each, values in stored_values(file, name, source, model):
             if each not in places or tuple(places[each].shape) != values.shape:

@@ -16,8 +16,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Tokenize texts and continue prompts greedily.
 
     Args:
-        question: ``model`` (the file), ``texts``, ``prompts`` (token ids each), ``new_tokens``, ``likeliest`` (how many
-            tokens' probabilities to give), ``window`` and ``threads``.
+        question: ``model`` (the file), ``adapter`` (a GGUF adapter, or None), ``texts``, ``prompts`` (token ids
+            each), ``new_tokens``, ``likeliest`` (how many tokens' probabilities to give), ``window`` and ``threads``.
 
     Returns:
         ``engine``; ``texts``, the token ids of each; ``prompts``, for each the text and a list of
@@ -28,6 +28,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = question["model"]
+    if question["adapter"]:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = question["adapter"], 1.0
+        parameters.lora_adapters = [adapter]
     parameters.n_ctx = question["window"]
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = question["threads"]

@@ -48,7 +48,7 @@ def check_settings(file: GgufFile, model: Checkpoint, family: Family) -> list[Fi
         meant = default if found is None else found
         if not _same(meant, wanted):
             differ.append(_differs(key, wanted, found))
-    differ += _factors(file, model.config)
+    differ += _factors(file, model.config) + _no_rope(model.config, family)
     return differ or [Finding(code="gguf_settings_same", severity="ok", params={"count": len(expected)})]
 
 
@@ -108,16 +108,39 @@ def _rope(config: Mapping[str, Any]) -> list[Expected]:
     expected: list[Expected] = [
         ("rope.freq_base", rope["rope_theta"], _ROPE_BASE),
         ("rope.dimension_count", dims, head_dim(config)),
-        ("rope.scaling.type", kind or "none", "none"),
+        # The factors of longrope are tensors; the converter does not name it, and llama.cpp does not ask.
+        ("rope.scaling.type", kind or "none", "longrope" if kind == "longrope" else "none"),
     ]
     if kind in ("linear", "yarn"):
         expected.append(("rope.scaling.factor", rope.get("factor", 1.0), 1.0))
     else:
         expected.append(("rope.scaling.factor", 0.0, 0.0))
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind == "longrope" and original:
+        expected.append(("rope.scaling.attn_factor", longrope_attention(rope, config, float(original)), 1.0))
     if kind in ("yarn", "longrope"):
         expected.append(("rope.scaling.original_context_length", original, config.get("max_position_embeddings")))
     return expected
+
+
+def longrope_attention(rope: Mapping[str, Any], config: Mapping[str, Any], original: float) -> float:
+    """What cosines and sines are multiplied by with longrope.
+
+    Source: ``_compute_longrope_parameters`` of transformers' ``modeling_rope_utils``.
+    """
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    longer = float(config.get("max_position_embeddings") or original) / original
+    return 1.0 if longer <= 1 else math.sqrt(1 + math.log(longer) / math.log(original))
+
+
+def _no_rope(config: Mapping[str, Any], family: Family) -> list[Finding]:
+    """Layers without positions: llama.cpp knows every fourth, and a file has no place for others."""
+    layers = config.get("no_rope_layers")
+    if family.gguf != "smollm3" or not layers:
+        return []
+    known = [int((layer + 1) % 4 != 0) for layer in range(len(layers))]
+    return [] if layers == known else [_differs("no_rope_layers", layers, known)]
 
 
 def _factors(file: GgufFile, config: Mapping[str, Any]) -> list[Finding]:

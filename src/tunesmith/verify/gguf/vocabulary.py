@@ -58,7 +58,7 @@ def check_vocabulary(file: GgufFile, folder: Path) -> list[Finding]:
         return [finding for finding in findings if finding is not None]
     tokenizer = loaded_tokenizer(folder)
     findings += [_check_tokens(file, tokenizer), _check_merges(file, folder), _check_cut(file, folder)]
-    findings += _check_bos(file, folder, tokenizer)
+    findings += check_added(file, folder)
     return [finding for finding in findings if finding is not None]
 
 
@@ -213,6 +213,32 @@ def _cut_of(stated: Any) -> str:
     return str(stated.get("type")) + ("+" if stated.get("use_regex", False) else "")
 
 
+def adds(file: GgufFile, name: str) -> bool:
+    """Whether llama.cpp puts the begin (``bos``) or end (``eos``) token around a text: so stated, or its default."""
+    found = file.get(f"{_PREFIX}add_{name}_token")
+    if found is not None:
+        return bool(found)
+    pieces = file.get(f"{_PREFIX}model") == "llama"
+    return name == "bos" and (pieces or file.get(f"{_PREFIX}pre") in _BEGIN_WITH_BOS)
+
+
+def check_added(file: GgufFile, folder: Path) -> list[Finding]:
+    """Whether llama.cpp begins and ends a text, and begins a chat, as the model's tokenizer and template do."""
+    if not (folder / _FAST).is_file():
+        return []
+    tokenizer = loaded_tokenizer(folder)
+    return [*_check_bos(file, folder, tokenizer), *_check_chat_begin(file, folder)]
+
+
+def _check_chat_begin(file: GgufFile, folder: Path) -> list[Finding]:
+    """llama.cpp puts the begin token before a chat too; transformers leaves that to the template."""
+    template, begin = chat_templates(folder).get(DEFAULT), special_tokens(folder).get("bos_token")
+    token = begin.get("content") if isinstance(begin, dict) else begin
+    if not template or not token or not adds(file, "bos") or "bos_token" in template or str(token) in template:
+        return []
+    return [Finding(code="gguf_chat_begins_otherwise", severity="warning", params={"token": str(token)})]
+
+
 def _check_bos(file: GgufFile, folder: Path, tokenizer: Tokenizer) -> list[Finding]:
     """Whether llama.cpp begins and ends a text with the tokens that the model's tokenizer does."""
     ids, stated = special_token_ids(folder), special_tokens(folder)
@@ -222,13 +248,11 @@ def _check_bos(file: GgufFile, folder: Path, tokenizer: Tokenizer) -> list[Findi
         "bos": bool(around) and len(around) > len(plain) and around[0] == ids.get("bos_token_id"),
         "eos": bool(around) and len(around) > len(plain) and around[-1] == ids.get("eos_token_id"),
     }
-    spm = file.get(f"{_PREFIX}model") == "llama"
-    default = {"bos": spm or file.get(f"{_PREFIX}pre") in _BEGIN_WITH_BOS, "eos": False}
     findings = []
     for name, observed in does.items():
         wanted = bool(stated.get(f"add_{name}_token", observed))
         found = file.get(f"{_PREFIX}add_{name}_token")
-        if bool(default[name] if found is None else found) != wanted:
+        if adds(file, name) != wanted:
             params: dict[str, Value] = {
                 "name": name,
                 "expected": wanted,

@@ -92,9 +92,19 @@ def check_weights(
     return tuple(_explained(file, model, one, sources) if one.outside else one for one in checked)
 
 
-def weights_findings(tensors: Sequence[GgufTensor]) -> list[Finding]:
-    """What the tensors' records come to."""
-    unproven = sorted({one.type for one in tensors if not known(one.type)})
+def weighted(file: GgufFile) -> bool:
+    """Whether an importance matrix took part in the file's rounding, as llama-quantize then says."""
+    return any(file.get(f"quantize.imatrix.{key}") is not None for key in ("file", "entries_count", "dataset"))
+
+
+def weights_findings(tensors: Sequence[GgufTensor], *, weighted: bool = False) -> list[Finding]:
+    """What the tensors' records come to.
+
+    Args:
+        tensors: the records.
+        weighted: an importance matrix took part in them.
+    """
+    unproven = sorted({one.type for one in tensors if not known(one.type, weighted=weighted)})
     findings = (
         [Finding(code="gguf_type_unproven", severity="warning", params={"types": ", ".join(unproven)})]
         if unproven
@@ -104,7 +114,7 @@ def weights_findings(tensors: Sequence[GgufTensor]) -> list[Finding]:
     if bad:
         findings.append(_named("gguf_weights_outside", [one.name for one in bad]))
         return findings + _causes(bad)
-    proven = [one for one in tensors if known(one.type)]
+    proven = [one for one in tensors if known(one.type, weighted=weighted)]
     if not proven:
         return findings
     exact = all(one.exact == one.elements for one in proven)
@@ -134,7 +144,7 @@ def _check(file: GgufFile, model: Checkpoint, name: str, source: Source, shared:
             y = file.values(name, raw)
         except NotImplementedError:
             y = np.full_like(x, np.nan)
-        bad = outside(kind, raw, y, x)
+        bad = outside(kind, raw, y, x, weighted=weighted(file))
         exact_count += int((x == y).sum())
         out_count += 0 if bad is None else int(bad.sum())
         finite = bool(np.isfinite(y).all())
@@ -183,7 +193,7 @@ def _begins_as(file: GgufFile, model: Checkpoint, name: str, source: Source) -> 
     raw = file.raw(name, block, start, stop)
     x = source.exact(model, block, start, stop)
     try:
-        bad = outside(file.type(name), raw, file.values(name, raw), x)
+        bad = outside(file.type(name), raw, file.values(name, raw), x, weighted=weighted(file))
     except NotImplementedError:
         return False
     return bad is not None and not bad.any()
@@ -241,4 +251,4 @@ def stored_values(file: GgufFile, name: str, source: Source, model: Checkpoint) 
     return found
 
 
-__all__ = ["Matched", "check_weights", "match_tensors", "stored_values", "weights_findings"]
+__all__ = ["Matched", "check_weights", "match_tensors", "stored_values", "weighted", "weights_findings"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tunesmith.checkpoint import Array, Float64, QuantizedWeight
+from tunesmith.checkpoint import VIEW_KINDS, Array, BaseView, Float64, QuantizedWeight
 from tunesmith.errors import TunesmithError
 from tunesmith.record import Finding, Value
 from tunesmith.verify.quantized.judge import Gain, gain_of, misshapen, stray_codes, wrong_updates
@@ -194,6 +194,7 @@ def _guesses(
     factor = float(np.sum(stored * x) / np.sum(x * x)) if x.any() else 0.0
     if factor and abs(factor - 1) > _SAME_FACTOR:
         yield "cause_quantized_scaled", {"factor": factor}, _off(stored / factor, x)
+    yield from _guessed_starts(tensor.name, stored, expectation)
     whole = layer.scales(0, layer.rows)
     for shift in (1, -1) if whole.ndim == 2 else ():
         for moved in (np.roll(scales, shift, axis=1), np.roll(whole, shift, axis=0)[:rows]):
@@ -207,6 +208,30 @@ def _guesses(
         yield "cause_misplaced", {"source": name}, _off(stored, theirs.start + theirs.delta)
         swapped = layer.scheme.dequantized(model.layers[name].codes(0, rows), scales)
         yield "cause_misplaced", {"source": name}, _off(swapped, x)
+
+
+def _guessed_starts(name: str, stored: Float64, whole: Expectation) -> Iterator[tuple[str, dict[str, Value], float]]:
+    """How far some first rows would be off, had the sum begun with the base as it is stored, or as another view of it.
+
+    The stored base goes first: what was rounded to 8 bits from it lies on the ``int8`` view as well.  Of the views,
+    which are near each other, the nearest is the one.
+    """
+
+    def left(view: BaseView | None) -> float:
+        tile = Expectation(whole.base, whole.stack, whole.binding, view=view).tensor(name).tile(0, len(stored))
+        return _off(stored, tile.start + tile.delta)
+
+    if whole.view is not None:
+        yield "cause_base_not_dequantized", {}, left(None)
+    asked = getattr(whole.view, "kind", None)
+    views = [BaseView(kind) for kind in VIEW_KINDS if kind != asked]
+    try:
+        fits = [(left(view), view.kind) for view in views if view.applies_to(whole.base, name)]
+    except TunesmithError:  # a kind of model that such training does not take
+        return
+    if fits:
+        nearest, kind = min(fits)
+        yield "cause_base_dequantized", {"view": kind}, nearest
 
 
 def _reordered(codes: Array) -> Iterator[Array]:

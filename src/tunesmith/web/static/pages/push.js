@@ -1,9 +1,9 @@
 // Push: a model to a hub, after a look at what goes up, what stays here, and what the card says.
-import { amend, currentLang, ended, formatBytes, html, startJob, t, useJob, useState } from "../core.js";
+import { amend, currentLang, ended, formatAge, formatBytes, html, startJob, t, useJob, useState } from "../core.js";
 import { Button, Card, Command, ErrorBox, Field, Findings, Icon, Loading, Select, Table, TextInput, Toggle, Verbatim, confirmDialog, useKeys } from "../ui.js";
 import { ExportJob, PathChoice, answerText, useExports, useShownJob } from "./exports.js";
 import { Running } from "./compare.js";
-import { inRoot, useKept } from "./variants.js";
+import { inRoot, nameOf, useKept } from "./variants.js";
 
 const HUBS = ["huggingface", "modelscope"];
 const ADDRESSES = /^https:\/\//;
@@ -24,6 +24,20 @@ const sourcesOf = (run, data, root) => [
   { kind: "adapter", path: inRoot(run, root) },
 ];
 
+/** Where a model to measure lies, whether or not it was given a name of its own. */
+const placeOf = (directory) => (directory.includes("=") ? directory.slice(directory.indexOf("=") + 1) : directory);
+
+/** Ended jobs whose figures the card may show: evaluations of the run, and drifts in which the directory has a row. */
+function useFigures(about, directory) {
+  const done = (jobs) => jobs.filter((job) => job.state === "done");
+  const root = about.session?.root;
+  const holds = (job) => (job.params.directories ?? []).some((one) => inRoot(placeOf(one), root) === inRoot(directory, root));
+  return { evaluation: done(useExports("evaluate", about)), drift: done(useExports("drift", about)).filter(holds) };
+}
+
+/** A job to choose: what it was about, and when it ended. */
+const toldOf = (job) => ({ value: job.id, label: `${(job.params.variants ?? job.params.directories ?? []).map(nameOf).join(" / ")} · ${formatAge(job.ended_s)}` });
+
 function Form({ run, data, query, session }) {
   const root = session?.root;
   const known = sourcesOf(run, data, root);
@@ -34,7 +48,7 @@ function Form({ run, data, query, session }) {
   const [planned, setPlanned] = useState(null); // the dry run, and of which form it was
   const form = {
     directory: (known.find((one) => one.certificate) ?? known[0]).path, repo_id: "", to: "huggingface", private: true, revision: "", base_model: "", licence: "", data: "", model: "",
-    language: currentLang(), unverified: false, replace: false, ...own, ...(query.source ? { directory: query.source } : {}),
+    language: currentLang(), evaluation: "", drift: "", unverified: false, replace: false, ...own, ...(query.source ? { directory: query.source } : {}),
   };
   const set = (part) => {
     setOwn((before) => ({ ...before, ...part }));
@@ -43,10 +57,13 @@ function Form({ run, data, query, session }) {
   const gguf = form.directory.endsWith(".gguf");
   const text = (name) => form[name].trim() || null;
   const adapter = inRoot(form.directory, root) === inRoot(run, root);
+  const figures = useFigures({ run, data, session }, form.directory.trim());
+  const figuresOf = (name) => figures[name].find((job) => job.id === form[name])?.id ?? null;
   const params = {
     directory: form.directory.trim(), repo_id: form.repo_id.trim(), to: form.to, private: form.private, revision: text("revision"), unverified: form.unverified,
     replace: form.replace, run: adapter ? null : run, model: gguf ? text("model") || models[0]?.path || null : null, base_model: text("base_model"), licence: text("licence"),
     data: text("data"), card_text: card, language: form.language,
+    evaluation_job: figuresOf("evaluation"), drift_job: figuresOf("drift"),
   };
   const key = JSON.stringify(params);
   const look = () => startJob("push", { ...params, dry_run: true }).then((job) => { setError(null); setPlanned({ id: job.id, key }); }, setError);
@@ -63,6 +80,8 @@ function Form({ run, data, query, session }) {
       <details class="settings-fold"><summary>${t("page.push.more")}</summary><div class="settings-form">
         <${Field} label=${t("page.push.language")}><${Select} testid="push-language" value=${form.language} options=${[{ value: "zh", label: "中文" }, { value: "en", label: "English" }]} onchange=${(language) => set({ language })} /><//>
         <${Field} label=${t("page.push.data")} hint=${t("page.push.data_hint")}><${TextInput} testid="push-data" value=${form.data} onchange=${(value) => set({ data: value })} /><//>
+        ${["evaluation", "drift"].map((name) => figures[name].length > 0 && html`<${Field} key=${name} label=${t(`page.push.${name}`)} hint=${t(`page.push.${name}_hint`)}>
+          <${Select} testid=${`push-${name}`} value=${figuresOf(name) ?? ""} onchange=${(id) => set({ [name]: id })} options=${[{ value: "", label: t("page.push.not_on_card") }, ...figures[name].map(toldOf)]} /><//>`)}
         <${Field} label=${t("page.push.base_model")} hint=${t("page.push.base_model_hint")}><${TextInput} mono testid="push-base" value=${form.base_model} placeholder="owner/name" onchange=${(base_model) => set({ base_model })} /><//>
         <${Field} label=${t("page.push.licence")} hint=${t("page.push.licence_hint")}><${TextInput} mono testid="push-licence" value=${form.licence} placeholder="apache-2.0" onchange=${(licence) => set({ licence })} /><//>
         <${Field} label=${t("page.push.revision")} hint=${t("page.push.revision_hint")}><${TextInput} mono testid="push-revision" value=${form.revision} placeholder="main" onchange=${(revision) => set({ revision })} /><//>

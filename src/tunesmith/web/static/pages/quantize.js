@@ -6,6 +6,7 @@ import { inRoot, useKept } from "./variants.js";
 
 export const SCHEMES = ["int8", "int4", "int4:64", "int4:32", "w8a8", "fp8"];
 export const ROUNDINGS = ["auto", "faithful", "nearest", "calibrated"];
+const VIEWS = ["", "nf4", "nf4-double", "int8"];
 const ADAPTER = "adapter:";
 
 /** The tab: a form with what it takes beside it, then the quantization. */
@@ -31,7 +32,7 @@ function Form({ run, base, data, query, session, again }) {
   const whole = (data.merged || []).filter((one) => one.kind === "model");
   const [own, setOwn] = useKept(`quantize.${run}`, {});
   const checkpoint = (saved.find((one) => one.name === query.variant) || saved.at(-1))?.name || "final";
-  const first = { source: ADAPTER, base, scheme: "int8", rounding: "auto", calibration: "", out: "", ...own, ...(query.scheme ? { scheme: query.scheme } : {}) };
+  const first = { source: ADAPTER, base, scheme: "int8", rounding: "auto", calibration: "", view: "", out: "", ...own, ...(query.scheme ? { scheme: query.scheme } : {}) };
   const form = { ...first, source: whole.some((one) => one.path === first.source) ? first.source : ADAPTER };
   const adapter = form.source === ADAPTER;
   const from = adapter ? (checkpoint === "final" ? run : `${run.replace(/[\\/]+$/, "")}-${checkpoint}`) : form.source;
@@ -42,7 +43,7 @@ function Form({ run, base, data, query, session, again }) {
   };
   const calibrated = form.rounding === "calibrated";
   const params = {
-    ...(adapter ? { run, base: form.base || null, checkpoint } : { directory: form.source }),
+    ...(adapter ? { run, base: form.base || null, checkpoint, base_view: form.view || null } : { directory: form.source }),
     out, scheme: form.scheme, rounding: form.rounding, calibration: (calibrated && form.calibration.trim()) || null,
   };
   const look = useLook("quantize", params);
@@ -68,7 +69,9 @@ function Form({ run, base, data, query, session, again }) {
       <${Field} label=${t("page.quantize.source")} hint=${t(adapter ? "page.quantize.source.once" : "page.quantize.source.twice")}>
         <${Select} testid="quantize-source" value=${adapter ? `${ADAPTER}${checkpoint}` : form.source} options=${sources} onchange=${choose} /><//>
       ${adapter && html`<${Field} label=${t("merge.base")} hint=${t("page.merge.base_hint", { base: data.inspection.run.base_model })}>
-        <${PathInput} pick="folder" testid="quantize-base" value=${form.base} placeholder=${data.inspection.run.base_model || ""} onchange=${(value) => set({ base: value })} /><//>`}
+        <${PathInput} pick="folder" testid="quantize-base" value=${form.base} placeholder=${data.inspection.run.base_model || ""} onchange=${(value) => set({ base: value })} /><//>
+      <${Field} label=${t("page.quantize.view")} hint=${t("page.quantize.view_hint")}>
+        <${Select} testid="quantize-view" value=${form.view} options=${VIEWS.map((value) => ({ value, label: t(`page.quantize.view.${value || "stored"}`) }))} onchange=${(view) => set({ view })} /><//>`}
       <${Field} label=${t("page.quantize.scheme")} hint=${t(`page.quantize.scheme.${form.scheme.replace(":", "_")}.about`)}>
         <${Select} testid="quantize-scheme" value=${form.scheme} options=${SCHEMES.map((value) => ({ value, label: t(`page.quantize.scheme.${value.replace(":", "_")}`) }))} onchange=${(scheme) => set({ scheme })} /><//>
       <${RoundingField} form=${form} set=${set} prefix="quantize" />
@@ -92,6 +95,16 @@ export function RoundingField({ form, set, prefix }) {
       <${PathInput} testid=${`${prefix}-calibration`} value=${form.calibration} placeholder="rows.jsonl" onchange=${(calibration) => set({ calibration })} /><//>`}`;
 }
 
+/** A word as a shell takes it. */
+const quoted = (word) => (/^[\w./:-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
+/** The command that proves a model whose base was seen as the training saw it. */
+function proofOf(job, out) {
+  const { run, base, checkpoint, base_view } = job.params;
+  const rest = [["--base", base], ["--checkpoint", checkpoint === "final" ? null : checkpoint], ["--base-view", base_view]];
+  return ["tunesmith", "verify", run, out, ...rest.filter(([, value]) => value).flat()].map(quoted).join(" ");
+}
+
 function Done({ job, done, root }) {
   const { plan } = done;
   const out = inRoot(plan.out, root);
@@ -103,14 +116,14 @@ function Done({ job, done, root }) {
     <p><bdi class="path">${plan.out}</bdi> <span class="quiet">${t("page.quantize.written", { size: done.size_bytes, before: plan.read_bytes, time: formatSeconds(done.seconds) })}</span></p>
     <p class="lead"><${Rich} k="page.quantize.sentence" params=${{ scheme: plan.scheme, count: plan.changed, total: plan.tensors, error: done.relative_error }} /></p>
     ${adapter && html`<div class="start-row">
-      <${Button} kind="primary" testid="verify-now" onclick=${() => go("verify", { merged: out, ...about })}>${t("page.merge.verify_now")}<//>
+      ${!plan.base_view && html`<${Button} kind="primary" testid="verify-now" onclick=${() => go("verify", { merged: out, ...about })}>${t("page.merge.verify_now")}<//>`}
       <${Button} testid="to-drift" onclick=${() => amend({ tab: "drift", job: null, models: out })}>${t("page.quantize.to_drift")}<//>
       <${Button} testid="to-push" onclick=${() => amend({ tab: "push", job: null, source: out })}>${t("page.export.to_push")}<//></div>
-      <p class="quiet">${t("page.quantize.next")}</p>`}
+      ${plan.base_view ? html`<p class="label">${t("page.quantize.verify_view")}</p><${Command} text=${proofOf(job, out)} />` : html`<p class="quiet">${t("page.quantize.next")}</p>`}`}
     <dl class="facts">${Object.entries(done.rounded).map(([name, count]) => html`<div key=${name}><dt>${t(`page.quantize.rounded.${name}`)}</dt><dd>${t("page.quantize.rounded_of", { count })}</dd></div>`)}
       <div><dt>${t("merge.relative_error")}</dt><dd>${figure(done.relative_error)}</dd></div></dl>
     ${told.length > 0 && html`<${Findings} findings=${told} />`}
-    <p class="label">${t("page.export.serve")}</p><${Command} text=${`vllm serve ${/^[\w./-]+$/.test(out) ? out : `'${out.replaceAll("'", "'\\''")}'`}`} />
+    <p class="label">${t("page.export.serve")}</p><${Command} text=${`vllm serve ${quoted(out)}`} />
     <details class="elsewhere"><summary>${t("page.common.command")}</summary><${Command} text=${job.command} /></details>
   </section>`;
 }
