@@ -27,6 +27,8 @@ class Manners:
 
     Attributes:
         lists: whether ``/models`` exists.
+        list_fails: whether ``/models`` fails, as transformers' does without a hub's cache; a number for so many times.
+        list_breaks: at which of such requests the connection is closed instead.
         listed: the models that it lists; None lists all.
         any_name: whether it answers to every name, with its first model, as llama.cpp does.
         chat: whether conversations are answered.
@@ -47,9 +49,18 @@ class Manners:
         fault_on: a text that a prompt must hold for it to go wrong.
         interrupts: whether an answer is broken off when the next request comes, as llama-cpp-python does.
         failures: with how many 503 a request is met before it is answered.
+        drops: of how many requests each last one is dropped; 0 drops none.
+        drops_with: ``busy`` for a 503, ``reset`` for a connection that is closed.
+        children: ``listed`` lists adapters below the first model, as vLLM does; ``prefixed`` has them asked for as
+            ``base:adapter`` besides, where any other name reaches the base, as SGLang does.
+        mixes: whether the first model's prompts that run beside another's are answered by the last, as vLLM's CPU
+            kernels do.
+        foreign: whether a prompt's tokens are told as others than were sent.
     """
 
     lists: bool = True
+    list_fails: bool | int = False
+    list_breaks: tuple[int, ...] = ()
     listed: tuple[str, ...] | None = None
     any_name: bool = False
     chat: bool = True
@@ -70,6 +81,11 @@ class Manners:
     fault_on: str = ""
     interrupts: bool = False
     failures: int = 0
+    drops: int = 0
+    drops_with: str = "busy"
+    children: str = ""
+    mixes: bool = False
+    foreign: bool = False
 
 
 @dataclass(eq=False)
@@ -83,6 +99,9 @@ class Server:
         generated: how many tokens it has generated.
         active: how many requests it is answering.
         most_active: the most that it has answered at once.
+        asked: how many prompts it was given.
+        listings: how often it was asked for its models.
+        running: the models whose prompts it is answering.
     """
 
     models: Mapping[str, Any]
@@ -93,13 +112,17 @@ class Server:
     generated: int = 0
     active: int = 0
     most_active: int = 0
+    asked: int = 0
+    listings: int = 0
+    running: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     failures: dict[str, int] = field(default_factory=dict)
 
     def behave(self, **changes: Any) -> None:
         """Take on other manners than the default, and forget what was seen."""
         self.manners = replace(Manners(), **changes)
-        self.seen, self.generated, self.most_active, self.failures = [], 0, 0, {}
+        self.seen, self.generated, self.most_active, self.failures, self.asked = [], 0, 0, {}, 0
+        self.listings = 0
 
 
 @contextmanager
@@ -178,13 +201,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _list(self) -> None:
+        self.state.listings += 1
+        if self.state.manners.list_fails:
+            if self.state.listings in self.state.manners.list_breaks:
+                raise OSError  # the connection is closed without a word
+            if self.state.manners.list_fails is True or self.state.listings <= self.state.manners.list_fails:
+                raise _RefusalError(500, "Internal Server Error")
         if self.state.manners.fault == "web page":
             self._json(200, b"<html>welcome</html>")
         elif not self.state.manners.lists or self.path != "/v1/models":
             raise _RefusalError(404, "Not Found")
         else:
             names = self.state.models if self.state.manners.listed is None else self.state.manners.listed
-            self._json(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+            first = next(iter(self.state.models))
+            below = {"parent": first} if self.state.manners.children else {}
+            data = [{"id": name, "object": "model", **({} if name == first else below)} for name in names]
+            self._json(200, {"object": "list", "data": data})
 
     def _complete(self, body: dict[str, Any]) -> None:
         manners, state = self.state.manners, self.state
@@ -193,11 +225,21 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusalError(404, "Not Found")
         if manners.any_name and body["model"] not in state.models:
             body["model"] = next(iter(state.models))
+        if manners.children == "prefixed":
+            _, _, child = body["model"].partition(":")
+            body["model"] = child if child in state.models else next(iter(state.models))
         if body["model"] not in state.models:
             raise _RefusalError(404, f"The model {body['model']!r} does not exist.")
         known = KNOWN | manners.names | ({"prompt_logprobs"} if manners.prompt_logprobs else set())
         if manners.strict and (unknown := set(body) - known):
             raise _RefusalError(400, f"Unrecognized request argument supplied: {', '.join(sorted(unknown))}")
+        with state.lock:
+            state.asked += 1
+            dropped = manners.drops and state.asked % manners.drops == 0
+        if dropped and manners.drops_with == "busy":
+            raise _RefusalError(503, "Busy")
+        if dropped:
+            raise OSError  # the connection is closed without a word
         with state.lock:
             name = json.dumps(body, sort_keys=True)
             state.failures[name] = state.failures.get(name, 0) + 1
@@ -213,10 +255,30 @@ class _Handler(BaseHTTPRequestHandler):
                 code="context_length_exceeded",
             )
         fault = manners.fault if manners.fault_on in json.dumps(body, ensure_ascii=False) else None
-        if body.get("stream"):
-            self._stream(body, ids, chat=chat, fault=fault)
-        else:
-            self._whole(body, ids)
+        with self._beside(body):
+            if body.get("stream"):
+                self._stream(body, ids, chat=chat, fault=fault)
+            else:
+                self._whole(body, ids)
+
+    @contextmanager
+    def _beside(self, body: dict[str, Any]) -> Iterator[None]:
+        """Answer by the last model what runs beside it, where that is the server's manner."""
+        state, model, models = self.state, body["model"], list(self.state.models)
+        with state.lock:
+            state.running.append(model)
+        try:
+            if state.manners.mixes:
+                time.sleep(0.03)  # others that were sent at once are there now
+                with state.lock:
+                    others = set(state.running) - {model}
+                if model == models[0] and others:
+                    body["model"] = models[-1]
+                time.sleep(0.03)
+            yield
+        finally:
+            with state.lock:
+                state.running.remove(model)
 
     def _ids(self, body: dict[str, Any], *, chat: bool) -> list[int]:
         tokenizer, prompt = self.state.tokenizer, body.get("prompt")
@@ -240,7 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         best = table.max(-1)
         if body.get("echo") and manners.echo:
             tops = [{f"token_id:{i}": v} for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-            choice["logprobs"] = {"token_logprobs": [None, *own], "top_logprobs": [None, *tops[:-1]]}
+            told = [f"token_id:{index + self.state.manners.foreign}" for index in [*ids, token]]
+            choice["logprobs"] = {"tokens": told, "token_logprobs": [None, *own], "top_logprobs": [None, *tops[:-1]]}
         elif body.get("logprobs"):
             choice["logprobs"] = {"token_logprobs": own[-1:], "top_logprobs": [{"x": own[-1]}]}
         if body.get("prompt_logprobs") and manners.prompt_logprobs:

@@ -17,7 +17,7 @@ from tests.tiny_models import TinyRun
 PACKAGE = Path(tunesmith.__file__).parent
 
 LEVELS = {
-    **dict.fromkeys(("errors", "progress", "record", "allocator"), 1),
+    **dict.fromkeys(("errors", "progress", "record", "allocator", "executors"), 1),
     **dict.fromkeys(("checkpoint", "conversations"), 2),
     **dict.fromkeys(("adapter", "runs"), 3),
     **dict.fromkeys(("merge", "models"), 4),
@@ -30,6 +30,7 @@ LEVELS = {
 # Inside a level nobody imports anybody, but:
 SIBLINGS = {
     ("progress", "errors"): "a cancelled work raises Cancelled",
+    ("executors", "errors"): "a cluster that is not there is an error of ours",
     ("record", "errors"): "a record that cannot be read or written says so in our errors",
     ("demo", "api"): "the demo is the verbs, one after another",
     ("doctor", "api"): "the compute dtype is measured and kept by the verb of that name",
@@ -201,6 +202,7 @@ def test_an_allowed_import_is_passed(file: str, source: str) -> None:
 
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "fastapi", "vl_convert", "jinja2", "scipy", "pandas")
+CLUSTERS = ("ray", "distributed", "dask")
 MODELS = ("torch", "transformers", "peft")
 
 
@@ -221,13 +223,13 @@ _MAIN = "from tunesmith.cli import main\nmain()"
 def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
     """A person who asks for help waits for no library."""
     loaded, _ = loaded_by(_MAIN, *arguments)
-    assert not loaded.intersection(HEAVY)
+    assert not loaded.intersection((*HEAVY, *CLUSTERS))
 
 
 def test_importing_the_package_loads_no_library_at_all() -> None:
     """``import tunesmith`` costs what the standard library costs."""
     loaded, _ = loaded_by("import tunesmith")
-    assert not loaded.intersection((*HEAVY, "pydantic", "numpy", "rich", "typer", "yaml", "huggingface_hub"))
+    assert not loaded.intersection((*HEAVY, *CLUSTERS, "pydantic", "numpy", "rich", "typer", "yaml", "huggingface_hub"))
 
 
 def test_models_are_not_loaded_to_read_merge_or_verify_weights(tiny: TinyRun, tmp_path: Path) -> None:
@@ -239,5 +241,5 @@ def test_models_are_not_loaded_to_read_merge_or_verify_weights(tiny: TinyRun, tm
         ["verify", run, out, "--level", "structure", "--level", "assets", "--level", "weights"],
     ):
         loaded, errors = loaded_by(_MAIN, *arguments)
-        assert not loaded.intersection(MODELS), arguments
+        assert not loaded.intersection((*MODELS, *CLUSTERS)), arguments
         assert "Error" not in errors

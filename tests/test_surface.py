@@ -24,21 +24,27 @@ NAMES = [
     "GgufOutcome", "GgufVerdict", "Health", "Inspection", "KindFacts", "LANGUAGES", "Marks", "Measure", "MergePlan",
     "Merged", "Message", "MissingExtraError", "ModuleFacts", "Progress", "PushPlan", "Pushed", "QuantizationPlan",
     "Quantized", "Recheck", "RecipeKey", "RecipeText", "RenderedPrompt", "Reply", "Report", "Request", "RowPreview",
-    "Run", "RunFile", "TokenChance", "TrainingPlan", "TunesmithError", "VariantInfo", "Verdict", "VoteFile", "Voting",
-    "__version__", "apply_cleanup", "attached_variant", "checkpoints", "compare", "compare_schemes", "compute_dtype",
-    "continue_tokens", "demo", "doctor", "drift", "drift_spec", "evaluate", "evaluation_markdown", "filtered",
-    "finding_text", "heatmap_spec", "inspect", "load_engine", "loss_spec", "marks_of", "merge", "open_run",
-    "output_file", "plan_cleanup", "plan_merge", "plan_push", "plan_quantization", "plan_training", "preview_row",
-    "push", "quantize", "read_conversations", "read_recipe", "recheck", "recipe_keys", "rendered_prompt", "report",
-    "similarity", "templates", "text", "to_csv", "to_markdown", "token_chances", "token_texts", "train", "training_log",
-    "verdict_sentence", "verify", "verify_gguf", "word_diff", "write_comparison", "write_drift", "write_evaluation",
-    "write_gguf", "write_inspection", "write_recipe",
+    "Run", "RunFile", "ServeCommand", "TokenChance", "TrainingPlan", "TunesmithError", "VariantInfo", "Verdict",
+    "VoteFile", "Voting", "__version__", "apply_cleanup", "attached_variant", "checkpoints", "compare",
+    "compare_schemes", "compute_dtype", "continue_tokens", "demo", "doctor", "drift", "drift_spec", "evaluate",
+    "evaluation_markdown", "executor_of", "filtered", "finding_text", "heatmap_spec", "inspect", "load_engine",
+    "loss_spec", "marks_of", "merge", "open_run", "output_file", "plan_cleanup", "plan_merge", "plan_push",
+    "plan_quantization", "plan_training", "preview_row", "push", "quantize", "read_conversations", "read_recipe",
+    "recheck", "recipe_keys", "rendered_prompt", "report", "serve_command", "similarity", "templates", "text", "to_csv",
+    "to_markdown", "token_chances", "token_texts", "train", "training_log", "verdict_sentence", "verify", "verify_gguf",
+    "word_diff", "write_comparison", "write_drift", "write_evaluation", "write_gguf", "write_inspection",
+    "write_recipe",
 ]  # fmt: skip
 
 VERBS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 
 # What an option of the command line is called in the library, where that differs.
-RENAMED = {("gguf", "level"): "levels", ("gguf", "type_name"): "type", ("verify", "level"): "levels"}
+RENAMED = {
+    ("serve-command", "checkpoint"): "checkpoints",
+    ("gguf", "level"): "levels",
+    ("gguf", "type_name"): "type",
+    ("verify", "level"): "levels",
+}
 
 # Options whose default the library does not hold, each with its reason.
 CLI_ONLY = {
@@ -92,6 +98,7 @@ def library_defaults(verb: str) -> dict[str, Any]:
         "quantize": (ts.compare_schemes, ts.plan_quantization, ts.quantize),
         "chat": (ts.load_engine,),
         "push": (ts.plan_push, ts.push),
+        "serve-command": (ts.serve_command,),
     }
     calls = other[verb] if verb in other else (getattr(ts, verb),)
     defaults = {

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from tunesmith.api.quantizing import quantize as quantize
     from tunesmith.api.reporting import Report as Report
     from tunesmith.api.reporting import report as report
+    from tunesmith.api.serving import serve_command as serve_command
     from tunesmith.api.training import plan_training as plan_training
     from tunesmith.api.training import preview_row as preview_row
     from tunesmith.api.training import read_recipe as read_recipe
@@ -91,12 +92,14 @@ if TYPE_CHECKING:
     from tunesmith.errors import Cancelled as Cancelled
     from tunesmith.errors import MissingExtraError as MissingExtraError
     from tunesmith.errors import TunesmithError as TunesmithError
+    from tunesmith.executors import executor_of as executor_of
     from tunesmith.export.gguf import GgufExport as GgufExport
     from tunesmith.export.push import Pushed as Pushed
     from tunesmith.export.push import PushPlan as PushPlan
     from tunesmith.export.quantize import QuantizationPlan as QuantizationPlan
     from tunesmith.export.quantize import Quantized as Quantized
     from tunesmith.export.quantize import plan_quantization as plan_quantization
+    from tunesmith.export.serving import ServeCommand as ServeCommand
     from tunesmith.merge import Forecast as Forecast
     from tunesmith.merge import Merged as Merged
     from tunesmith.merge import MergePlan as MergePlan
@@ -189,6 +192,7 @@ _HOME = {
     "Run": "runs",
     "RowPreview": "train",
     "RunFile": "runs",
+    "ServeCommand": "export.serving",
     "TokenChance": "api.likelihoods",
     "TunesmithError": "errors",
     "VariantInfo": "compare",
@@ -209,6 +213,7 @@ _HOME = {
     "drift_spec": "report",
     "evaluate": "api.evaluating",
     "evaluation_markdown": "report",
+    "executor_of": "executors",
     "filtered": "compare",
     "finding_text": "report",
     "heatmap_spec": "report",
@@ -233,6 +238,7 @@ _HOME = {
     "recipe_keys": "api.training",
     "rendered_prompt": "api.engines",
     "report": "api.reporting",
+    "serve_command": "api.serving",
     "similarity": "compare",
     "templates": "report",
     "text": "report",

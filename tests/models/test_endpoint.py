@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from tunesmith.errors import DataError, PromptError, TunesmithError
 from tunesmith.models.detokenize import StopTexts
 from tunesmith.models.endpoint import Endpoint
 from tunesmith.models.engine import Generation, GenerationSettings, Request
+from tunesmith.models.remember import RememberingEngine
 from tunesmith.progress import Cancellation, Progress
 from tunesmith.report import LANGUAGES, finding_text
 
@@ -393,6 +395,9 @@ def in_order(value: object) -> str:
     ("manners", "said"),
     [
         ({"lists": False}, set()),
+        ({"list_fails": True}, set()),
+        ({"list_fails": True, "list_breaks": (1,)}, set()),
+        ({"list_fails": True, "list_breaks": (6,)}, set()),
         ({"lists": False, "any_name": True}, {"endpoint_models_unlisted"}),
         ({"listed": (), "any_name": False}, set()),
         ({"chat": False}, {"endpoint_no_chat"}),
@@ -448,6 +453,94 @@ def test_a_model_that_the_server_does_not_list_is_refused_with_those_that_it_has
         endpoint(server, models=["base-model", "tuned", "other"]).generate(ask("a", variant="tuned"), GREEDY)
     assert caught.value.expected == "tuned, other"
     assert caught.value.found == "base-model, tuned-model"
+
+
+def test_an_adapter_below_its_base_is_asked_for_with_the_base(server: Server) -> None:
+    """SGLang lists it by its bare name, by which it answers as the base: that would be compared with itself."""
+    requests = [*ask("a"), *ask("a", variant="final")]
+    expected = [one.text for one in endpoint(server).generate(requests, GREEDY)]
+    server.behave(children="prefixed")
+    named = endpoint(server, models={"base": "base-model", "final": "base-model:tuned-model"})
+    assert [one.text for one in named.generate(requests, GREEDY)] == expected
+    assert len(set(expected)) == 2
+    with pytest.raises(DataError, match="must be named with its base") as caught:
+        endpoint(server).generate(ask("a"), GREEDY)
+    assert caught.value.expected == "base-model:tuned-model"
+    assert caught.value.next_step == "pass --model tuned-model=base-model:tuned-model"
+    server.behave(children="listed")
+    assert [one.text for one in endpoint(server).generate(requests, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["by likelihoods", "by text"])
+def test_a_server_that_mixes_models_up_is_asked_for_one_at_a_time(
+    server: Server, tiny: TinyRun, *, scored: bool
+) -> None:
+    """Beside the other model's prompts the base's would be answered by that model, and nothing would say so."""
+    server.behave(mixes=True)
+    engine = endpoint(server, tokenizer_dir=tiny.base if scored else None)
+    assert "endpoint_mixes_models" in codes(engine)
+    requests = [Request(name, chat(text)) for text in ("a", "b") for name in MODELS]
+    done: list[int] = []
+    mixed = engine.generate(requests, GREEDY, on_done=lambda index, _: done.append(index))
+    server.behave()
+    assert [one.text for one in mixed] == [one.text for one in endpoint(server).generate(requests, GREEDY)]
+    assert sorted(done) == [0, 1, 2, 3]
+    if scored:
+        rows = [row(index, "hi", "yes") for index in range(2)]
+        apart = endpoint(server, tokenizer_dir=tiny.base).score(list(MODELS), rows)
+        server.behave(mixes=True)
+        beside = engine.score(list(MODELS), rows)
+        for name in MODELS:
+            assert [one.log_probs for one in beside[name]] == [pytest.approx(one.log_probs) for one in apart[name]]
+
+
+def test_a_server_that_answers_alike_is_asked_at_once(server: Server, tiny: TinyRun) -> None:
+    """Nothing is said of it, and several models' prompts are in flight together."""
+    engine = endpoint(server, tokenizer_dir=tiny.base)
+    assert "endpoint_mixes_models" not in codes(engine)
+
+
+def test_a_server_that_drops_every_third_request_can_what_it_can(server: Server, tiny: TinyRun) -> None:
+    """What is dropped is asked again; nothing is taken for a lack, and no score is another."""
+    server.behave()
+    steady = endpoint(server, tokenizer_dir=tiny.base)
+    rows = [row(index, "hi", "yes" * (index + 1)) for index in range(4)]
+    expected = steady.score(list(MODELS), rows)
+    server.behave(drops=3)
+    engine = endpoint(server, tokenizer_dir=tiny.base)
+    assert codes(engine) == codes(steady)
+    assert engine.score(list(MODELS), rows) == expected
+
+
+@pytest.mark.parametrize("drops_with", ["busy", "reset"])
+def test_answers_of_a_server_that_drops_requests_are_each_kept_once(
+    server: Server, tmp_path: Path, drops_with: str
+) -> None:
+    """Every answer is told once and kept once, and the same work asks for nothing again."""
+    engine = endpoint(server)
+    requests = [Request(name, chat(text)) for text in "abcd" for name in MODELS]
+    expected = [one.text for one in engine.generate(requests, GREEDY)]
+    server.behave(drops=3, drops_with=drops_with)
+    kept = RememberingEngine(engine, tmp_path, named=True)
+    done: list[int] = []
+    got = kept.generate(requests, GREEDY, on_done=lambda index, _: done.append(index))
+    assert [one.text for one in got] == expected
+    assert sorted(done) == list(range(len(requests)))
+    files = {file.name: file.read_text().splitlines() for file in tmp_path.glob("*.jsonl")}  # one a variant
+    lines = [(name, json.loads(line)["key"]) for name, written in files.items() for line in written]
+    assert len(lines) == len(set(lines)) == kept.written == len(requests)
+    server.behave()
+    again = RememberingEngine(engine, tmp_path, named=True)
+    assert [one.text for one in again.generate(requests, GREEDY)] == expected
+    assert (again.remembered, again.written, server.asked) == (len(requests), 0, 0)
+
+
+def test_a_list_that_fails_once_is_had_at_the_second_try(server: Server) -> None:
+    """A model that it lacks is then refused, and not tried out."""
+    server.behave(list_fails=1, any_name=True)
+    with pytest.raises(DataError, match="does not list a model"):
+        endpoint(server, models=["base-model", "other"]).generate(ask("a", variant="other"), GREEDY)
+    assert server.listings == 2
 
 
 def test_a_kind_of_prompt_that_the_server_lacks_is_refused(server: Server) -> None:
@@ -528,9 +621,10 @@ def test_scores_are_those_of_the_model(
         ({"echo": False}, True, "endpoint_no_scores"),
         ({"plain": False}, True, "endpoint_no_scores"),
         ({"token_ids": False, "beginning": (1,)}, True, "endpoint_no_scores"),
+        ({"foreign": True}, True, "endpoint_no_scores"),
         ({}, False, "endpoint_no_tokenizer"),
     ],
-    ids=["no echo", "no completions", "another tokenization", "no tokenizer"],
+    ids=["no echo", "no completions", "another tokenization", "other tokens", "no tokenizer"],
 )
 def test_where_likelihoods_cannot_be_had_that_is_said(
     server: Server, tiny: TinyRun, manners: dict[str, Any], *, tokenizer: bool, said: str

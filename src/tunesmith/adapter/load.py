@@ -35,6 +35,8 @@ from tunesmith.checkpoint import (
     read_header,
     read_json_object,
     read_rows,
+    storage_path,
+    stored_path,
 )
 from tunesmith.errors import AdapterError, UnsupportedAdapterError
 from tunesmith.record import Finding
@@ -50,6 +52,7 @@ _OTHER_TENSORS = (
     ("monteclora", "MonteCLoRA's sampler"),
     ("lora_router", "a router between adapters"),
 )
+_KEPT_FAR_BYTES = 512 << 20  # of an adapter in a storage, so that no unit of work asks for a factor again
 _KEPT_TENSORS = 4  # the experts of one layer share two, and two layers may be in work at once
 
 
@@ -106,12 +109,13 @@ class Adapter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = storage_path(path)
         if not is_file(self.path / ADAPTER_CONFIG):
             raise AdapterError("This directory holds no adapter.", where=self.path, expected=ADAPTER_CONFIG)
         config = read_json_object(self.path / ADAPTER_CONFIG)
         self.format: Literal["peft", "mlx-lm"] = "mlx-lm" if is_mlx(self.path, ADAPTER_WEIGHTS) else "peft"
         self.findings: list[Finding] = []
+        self._far = stored_path(self.path) is not None
         self.adapted: tuple[Adapted, ...] = ()
         self.whole: tuple[Key, ...] = ()
         self._kept: OrderedDict[str, Array] = OrderedDict()
@@ -175,7 +179,8 @@ class Adapter:
         Raises:
             AdapterError: it holds NaN or infinity.
         """
-        if columns is not None and columns[2] != 1:  # an expert's: the others want the rest of the same tensor soon
+        # Of an expert's, the others want the rest of the same tensor soon.
+        if self._far or (columns is not None and columns[2] != 1):
             stored = self._kept_whole(tensor)[_slice(rows)]
         elif rows is not None and rows[2] == 1 and tensor not in self._views:
             stored = read_rows(self.header, tensor, rows[0], rows[1])
@@ -198,9 +203,14 @@ class Adapter:
             kept = self.stored(tensor)
             with self._keeping:
                 self._kept[tensor] = kept
-                while len(self._kept) > _KEPT_TENSORS:
+                while self._keeps_too_much():
                     self._kept.popitem(last=False)
         return kept
+
+    def _keeps_too_much(self) -> bool:
+        if self._far:
+            return len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > _KEPT_FAR_BYTES
+        return len(self._kept) > _KEPT_TENSORS
 
     def _open_peft(self, config: dict[str, Any]) -> None:
         weights = self.path / ADAPTER_WEIGHTS

@@ -43,7 +43,7 @@ def merge(
 
     Args:
         plan: what will be done.
-        executor: what runs the units of work; None for a pool of threads, one a core.
+        executor: what runs the units of work, as :func:`executor_of` gives it; None for a pool of threads, one a core.
         certificate: also write ``tunesmith-certificate.json`` into the new directory: what it was made of and how, with
             the SHA-256 of every file, and no verdict yet.  Where it cannot be written, a finding says so.
         sha256: hash the weights that are read and written also without a certificate.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter
-from tunesmith.checkpoint import locate_base, write_error
+from tunesmith.checkpoint import locate_base, storage_path, write_error
 from tunesmith.compare import built_in_set
 from tunesmith.conversations import Conversation, read_conversations
 from tunesmith.errors import BaseModelError, OutputError
@@ -25,6 +25,7 @@ def base_of(
     base: str | None,
     *,
     fetch: bool = True,
+    stored: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> tuple[str, Path]:
     """The base of a run: its name as asked for or as the adapter names it, and its directory.
@@ -39,7 +40,9 @@ def base_of(
             where=checkpoint.path,
             next_step="pass --base with the model that was tuned",
         )
-    return name, locate_base(name, relative_to=Path(run.path).parent, fetch=fetch, progress=progress)
+    return name, locate_base(
+        name, relative_to=storage_path(run.path).parent, fetch=fetch, stored=stored, progress=progress
+    )
 
 
 def rows_of(prompts: Prompts) -> list[Conversation]:

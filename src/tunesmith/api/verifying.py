@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import Prompts, StrPath, base_of, rows_of
-from tunesmith.checkpoint import view_of
+from tunesmith.checkpoint import storage_path, view_of
 from tunesmith.errors import CheckpointError, DataError
 from tunesmith.export.quantize import Quantized
 from tunesmith.merge import Merged
@@ -65,7 +65,8 @@ def verify(
         certificate: write ``tunesmith-certificate.json`` into the merged directory where the answer is identical or
             equal within rounding or quantization, in the place of one that is there.  For any other answer nothing in
             it is touched.
-        executor: what recomputes the parts of the weights; None for a pool of threads, one a core.
+        executor: what recomputes the parts of the weights, as :func:`executor_of` gives it; None for a pool of threads,
+            one a core.
         progress: told of the work's parts.
         cancellation: read between tiles, prompts and tokens.
 
@@ -75,19 +76,19 @@ def verify(
     Raises:
         TunesmithError: the run, its adapter or the base cannot be read, or the merged directory is not there.
     """
-    run = as_run(run)
+    run = as_run(run, stored=True)
     levels = levels or LEVELS
     unknown = [level for level in levels if level not in LEVELS]
     if unknown:
         raise DataError("There is no such level.", expected=", ".join(LEVELS), found=", ".join(unknown))
-    target = merged.path if isinstance(merged, Merged | Quantized) else Path(merged)
+    target = merged.path if isinstance(merged, Merged | Quantized) else storage_path(merged)
     if not target.is_dir():
         raise CheckpointError(
             "The merged model is a file." if target.exists() else "The merged model is not there.",
             where=target,
             expected="the directory that a merge wrote",
         )
-    base_name, base_dir = base_of(run, checkpoint_of(run, checkpoint), base, progress=progress)
+    base_name, base_dir = base_of(run, checkpoint_of(run, checkpoint), base, stored=True, progress=progress)
     rows = rows_of(prompts) if prompts is not None else held_out_rows(run)
     # Only the behaviour level computes; the others need no torch, which takes seconds to load.
     compute = compute_dtype(dtype) if "behaviour" in levels else None
@@ -100,7 +101,7 @@ def verify(
         base_model=base_name,
         checkpoint=checkpoint,
         weight=weight,
-        adapters=[(checkpoint_of(as_run(other), FINAL).path, share) for other, share in adapters],
+        adapters=[(checkpoint_of(as_run(other, stored=True), FINAL).path, share) for other, share in adapters],
         base_is_residual=base_is_residual,
         base_view=view_of(base_view),
         sample=sample,

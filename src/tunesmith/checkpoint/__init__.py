@@ -13,9 +13,26 @@ from tunesmith.checkpoint.directory import (
     same_values,
 )
 from tunesmith.checkpoint.hashing import TrailingHashes, hash_files
-from tunesmith.checkpoint.header import DTYPE_BITS, Header, TensorInfo, is_file, is_there, open_regular, read_header
+from tunesmith.checkpoint.header import (
+    DTYPE_BITS,
+    Header,
+    TensorInfo,
+    header_bytes,
+    is_file,
+    is_there,
+    open_regular,
+    read_header,
+)
 from tunesmith.checkpoint.hub import Sought, hub_snapshot
-from tunesmith.checkpoint.locate import cache_dir, full_precision_sibling, is_hub_id, locate_base, relatives_of
+from tunesmith.checkpoint.locate import (
+    NOT_LOADED,
+    NOT_LOADED_NEXT,
+    cache_dir,
+    full_precision_sibling,
+    is_hub_id,
+    locate_base,
+    relatives_of,
+)
 from tunesmith.checkpoint.publish import (
     Stage,
     check_free_space,
@@ -39,6 +56,8 @@ from tunesmith.checkpoint.quantized import (
     StoredTensor,
     quantization_of,
 )
+from tunesmith.checkpoint.ranges import RangeReader, read_at
+from tunesmith.checkpoint.storage import StoragePath, failed_by_storage, stamp_of, storage_path, stored_path
 from tunesmith.checkpoint.tensors import (
     FLOAT_DTYPES,
     Array,
@@ -46,6 +65,7 @@ from tunesmith.checkpoint.tensors import (
     as_float64,
     stored_array,
 )
+from tunesmith.checkpoint.upload import Upload, check_target, journal_of, marker_of, put, remove
 from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind, is_linear_weight, view_of
 
 __all__ = [
@@ -58,44 +78,60 @@ __all__ = [
     "Float64",
     "Header",
     "INDEX_FILE",
+    "NOT_LOADED",
+    "NOT_LOADED_NEXT",
     "SINGLE_FILE",
     "QUANTIZED_METHOD",
     "Quantization",
     "QuantizedScheme",
     "QuantizedWeight",
+    "RangeReader",
     "Sought",
     "Stage",
+    "StoragePath",
     "StoredTensor",
     "TensorInfo",
     "TrailingHashes",
+    "Upload",
     "VIEW_KINDS",
     "ViewKind",
     "as_float64",
     "cache_dir",
     "check_free_space",
     "check_out_dir",
+    "check_target",
     "copy_range",
     "done_bytes",
+    "failed_by_storage",
     "full_precision_sibling",
     "hash_files",
+    "header_bytes",
     "hub_snapshot",
     "is_file",
     "is_hub_id",
     "is_linear_weight",
     "is_there",
+    "journal_of",
     "listing_sha256",
     "locate_base",
+    "marker_of",
     "open_regular",
+    "put",
     "quantization_of",
+    "read_at",
     "read_header",
     "read_json_object",
     "read_rows",
     "relatives_of",
+    "remove",
     "resumable_stage",
     "same_values",
     "sha256_of",
     "staged_directory",
+    "stamp_of",
+    "storage_path",
     "stored_array",
+    "stored_path",
     "view_of",
     "weights_files",
     "weights_sha256",

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.checkpoint.header import Header, TensorInfo, is_there, open_regular, quoted, read_header
+from tunesmith.checkpoint.header import Header, TensorInfo, is_there, open_regular, quoted, read_header, size_of
+from tunesmith.checkpoint.ranges import read_on
+from tunesmith.checkpoint.storage import StoragePath, storage_path
 from tunesmith.checkpoint.tensors import Array, Float64, as_float64, stored_array
 from tunesmith.errors import CheckpointError
 
@@ -36,7 +38,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     with open_regular(path) as file:
         try:
-            size = os.fstat(file.fileno()).st_size
+            size = size_of(file)
             raw = file.read(size) if size <= _MAX_JSON_BYTES else b""
         except OSError as error:
             raise CheckpointError("The file cannot be read.", where=path, found=error.strerror or error) from error
@@ -87,7 +89,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = storage_path(path)
         try:
             is_directory = stat.S_ISDIR(self.path.stat().st_mode)
         except (OSError, ValueError) as error:
@@ -240,12 +242,16 @@ def read_rows(header: Header, name: str, start: int = 0, stop: int | None = None
     stop = rows if stop is None else min(stop, rows)
     start = min(start, stop)
     row_bytes = info.size_bytes // rows if rows else 0
-    (data,) = _read_at(header, [info.begin + start * row_bytes], (stop - start) * row_bytes)
+    (data,) = _read_at(header, [info.begin + start * row_bytes], (stop - start) * row_bytes, end=info.end)
     return stored_array(data, info.dtype, (stop - start, *info.shape[1:]) if info.shape else ())
 
 
-def _read_at(header: Header, places: Iterable[int], count_bytes: int) -> Iterator[bytes]:
-    """So many bytes at each of some places of a file."""
+def _read_at(header: Header, places: Iterable[int], count_bytes: int, *, end: int = 0) -> Iterator[bytes]:
+    """So many bytes at each of some places of a file; ``end`` is where reading on would end."""
+    if isinstance(header.path, StoragePath):
+        for place in places:
+            yield read_on(header.path, place, count_bytes, end=end, owner=header)
+        return
     with open_regular(header.path) as file:
         for place in places:
             file.seek(place)

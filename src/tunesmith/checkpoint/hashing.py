@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tunesmith.checkpoint.header import open_regular
+from tunesmith.checkpoint.storage import stored_path
 from tunesmith.errors import CheckpointError
 
 AHEAD_BYTES = 1 << 30
@@ -152,8 +153,10 @@ def hash_files(files: Mapping[str, Path], *, tick: Callable[[int], None] = lambd
         The SHA-256 of every file, hexadecimal, by name.
 
     Raises:
-        CheckpointError: a file is not there, is no regular file, or cannot be read.
+        CheckpointError: a file is not there, is no regular file, cannot be read, or lies in a storage.
     """
+    if far := next((path for path in map(stored_path, files.values()) if path is not None), None):
+        raise CheckpointError("What lies in a storage is not read again to be hashed.", where=far)
     failed = threading.Event()
 
     def one(path: Path) -> str:

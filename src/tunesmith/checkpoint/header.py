@@ -15,11 +15,15 @@ import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from tunesmith.checkpoint.ranges import RangeFile, read_at
+from tunesmith.checkpoint.storage import StoragePath, storage_path
 from tunesmith.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+
+_FIRST_BYTES = 64 << 10
 
 _MAX_ELEMENTS = 2**60  # in float64, fewer than 2⁶³ bytes
 _MAX_DIMENSIONS = 32  # NumPy 1's limit, the narrowest
@@ -111,8 +115,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     Raises:
         CheckpointError: it is absent, unreadable, or no regular file.
     """
-    source = Path(path)
+    source = storage_path(path)
     try:
+        if isinstance(source, StoragePath):
+            return cast(BinaryIO, RangeFile(source))
         if stat.S_ISREG(source.stat().st_mode):
             file = open(source, "rb", opener=_open_at_once)  # noqa: SIM115 - a Path has no opener
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -128,6 +134,19 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         expected="a regular file",
         found="a directory" if source.is_dir() else "a pipe, a socket or a device",
     )
+
+
+def size_of(file: BinaryIO) -> int:
+    """The size of a file that :func:`open_regular` opened."""
+    return file.size if isinstance(file, RangeFile) else os.fstat(file.fileno()).st_size
+
+
+def header_bytes(header: Header) -> bytes:
+    """All bytes of a file before the first tensor's."""
+    if isinstance(header.path, StoragePath):
+        return read_at(header.path, 0, header.data_start)
+    with header.path.open("rb") as file:
+        return file.read(header.data_start)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -146,14 +165,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         CheckpointError: the file cannot be read or breaks the format.
     """
-    source = Path(path)
+    source = storage_path(path)
     with open_regular(source) as file:
         try:
-            file_bytes = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little") if file_bytes >= 8 else -1
+            file_bytes = size_of(file)
+            # Of a storage every read is a request: most headers come with the first.
+            head = file.read(min(file_bytes, _FIRST_BYTES)) if isinstance(file, RangeFile) else file.read(8)
+            length = int.from_bytes(head[:8], "little") if file_bytes >= 8 else -1
             if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 raise _broken(source, "a header length that fits the file", f"{length} in {file_bytes} bytes")
-            raw = file.read(length)
+            raw = head[8 : 8 + length]
+            raw += file.read(length - len(raw))
         except OSError as error:
             raise CheckpointError("The file cannot be read.", where=source, found=error.strerror or error) from error
     entries = _parse_object(source, raw)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tunesmith.checkpoint.directory import CONFIG_FILE, read_json_object
 from tunesmith.checkpoint.embedded import EMBEDDED_NAME, embedded_model
 from tunesmith.checkpoint.hub import hub_model
+from tunesmith.checkpoint.storage import stored_path
 from tunesmith.errors import BaseModelError, CheckpointError
 from tunesmith.progress import ProgressCallback, no_progress
 
@@ -19,6 +20,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@(?!.*\.\.)\w[\w./+-]*)?", re.
 # Unsloth's repositories: a model quantized by bitsandbytes, and its variant with some layers left as they were.
 _BNB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:-unsloth)?-bnb-4bit", re.ASCII)
 _MOST_RELATIVES = 8
+
+NOT_LOADED = "What lies in a storage can be merged and verified, and nothing else."
+NOT_LOADED_NEXT = "merge it into a directory, or copy it to a disk first"
 _LOOKED_AT = 256  # of the entries of one folder
 _FORM = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
 
@@ -36,15 +40,17 @@ def locate_base(
     *,
     relative_to: Path | None = None,
     fetch: bool = True,
+    stored: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> Path:
     """Find a base model's directory.
 
     Args:
-        name_or_path: ``demo`` for the embedded model, a directory, or a hub id: ``org/name``, or ``org/name@revision``
-            with a branch, a tag or a commit.
+        name_or_path: ``demo`` for the embedded model, a directory, an address such as ``s3://bucket/model``, or a hub
+            id: ``org/name``, or ``org/name@revision`` with a branch, a tag or a commit.
         relative_to: a further folder that a relative directory may be relative to.
         fetch: whether a model that is not at hand may be made or downloaded.
+        stored: whether it may lie in a storage, of which only headers and rows are ever read.
         progress: told of the embedded model's preparation, and of what is fetched.
 
     Returns:
@@ -55,7 +61,12 @@ def locate_base(
     """
     if name_or_path == EMBEDDED_NAME:
         return embedded_model(cache_dir(), make=fetch, progress=progress)
-    folder = _folder(name_or_path, relative_to)
+    if (address := stored_path(name_or_path)) is not None:
+        if not stored:
+            raise BaseModelError(NOT_LOADED, where=address, next_step=NOT_LOADED_NEXT)
+        return address  # what is not there is said where it is opened
+    beside = relative_to if relative_to is not None and stored_path(relative_to) is None else None
+    folder = _folder(name_or_path, beside)
     if folder is not None:
         return folder
     if _HUB_ID.fullmatch(name_or_path):
@@ -112,6 +123,8 @@ def relatives_of(base_dir: Path) -> dict[str, Path]:
     Returns:
         Their directories by name; a few at most.
     """
+    if stored_path(base_dir) is not None:
+        return {}
     base_dir = base_dir.resolve()
     form, found = _form(base_dir), {}
     for name, folder in _beside(base_dir):

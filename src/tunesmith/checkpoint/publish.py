@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunesmith.checkpoint.hashing import hash_files
+from tunesmith.checkpoint.storage import StoragePath
+from tunesmith.checkpoint.upload import check_target
 from tunesmith.errors import OutputError
 
 try:
@@ -22,13 +24,14 @@ except ImportError:  # Windows has no such lock
 _CHUNK_BYTES = 8 << 20
 
 
-def check_out_dir(out: Path, *, force: bool, inputs: dict[str, Path]) -> None:
+def check_out_dir(out: Path, *, force: bool, inputs: dict[str, Path], own: tuple[str, ...] = ()) -> None:
     """Refuse a target that could cost the user something.
 
     Args:
         out: the directory to be made.
         force: whether a non-empty directory may be replaced.
         inputs: directories that are read, by what they are; the target may not be, hold, or lie in one of them.
+        own: of a target in a storage: names of objects that an unfinished work of ours left there.
 
     Raises:
         OutputError: the target is a file, is not empty without ``force``, is an input, or cannot be made.
@@ -43,6 +46,9 @@ def check_out_dir(out: Path, *, force: bool, inputs: dict[str, Path]) -> None:
                 found=f"{role}: {path}",
                 next_step="choose another --out",
             )
+    if isinstance(out, StoragePath):
+        check_target(out, force=force, own=own)
+        return
     if out.exists() and not out.is_dir():
         raise OutputError("The target is a file.", where=out, expected="a new or empty directory")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -57,15 +63,17 @@ def check_out_dir(out: Path, *, force: bool, inputs: dict[str, Path]) -> None:
         raise OutputError("The target's parent directory cannot be written.", where=parent)
 
 
-def check_free_space(out: Path, needed_bytes: int) -> int:
+def check_free_space(out: Path, needed_bytes: int) -> int | None:
     """Refuse to begin what cannot end.
 
     Returns:
-        The bytes that are free.
+        The bytes that are free; None of a storage, which does not tell.
 
     Raises:
         OutputError: the file system of ``out`` has less than ``needed_bytes`` free.
     """
+    if isinstance(out, StoragePath):
+        return None
     folder = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -136,6 +144,12 @@ class Stage:
         """Whether the directory that is replaced lies aside, with nothing in its place yet."""
         return self._replaced.exists() and self.new.exists()
 
+    def keep_only(self, names: set[str]) -> None:
+        """Remove what an earlier, other work left."""
+        for stray in self.new.iterdir():
+            if stray.name not in names:
+                stray.unlink()
+
     def recover(self) -> None:
         """Put back what a kill between the two renames of :meth:`publish` left aside.
 
@@ -190,6 +204,8 @@ def stage_of(target: Path) -> Path:
 
 def done_bytes(out: Path) -> int:
     """How much disk space an unfinished stage of a target takes, which the same work will not need again."""
+    if isinstance(out, StoragePath):
+        return 0
     new = stage_of(out.resolve()) / "new"
     if not new.is_dir():
         return 0

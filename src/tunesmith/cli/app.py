@@ -32,6 +32,7 @@ from tunesmith.cli import (
     push,
     quantize,
     report,
+    serve_command,
     train,
     verify,
     web,
@@ -97,6 +98,7 @@ app.command()(drift.drift)
 app.command()(quantize.quantize)
 app.command()(push.push)
 app.command()(report.report)
+app.command("serve-command")(serve_command.serve_command)
 app.command()(web.web)
 app.command()(doctor.doctor)
 

@@ -15,11 +15,12 @@ from tunesmith.cli.options import (
     BaseViewOption,
     CertificateOption,
     CheckpointOption,
+    ExecutorOption,
     JsonOption,
     RunArgument,
     weighted_run,
 )
-from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar
+from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, say_retried
 
 if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
@@ -76,6 +77,7 @@ def merge(
         ),
     ] = None,
     certificate: CertificateOption = True,
+    executor: ExecutorOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into its base: summed in float64, rounded once, whole or not at all.
@@ -106,9 +108,13 @@ def merge(
             force=force,
             progress=progress,
         )
-        merged = (
-            None if dry_run else ts.merge(plan, certificate=certificate, sha256=record is not None, progress=progress)
-        )
+        merged = None
+        if not dry_run:
+            with ts.executor_of(executor) as pool:
+                merged = ts.merge(
+                    plan, executor=pool, certificate=certificate, sha256=record is not None, progress=progress
+                )
+            say_retried(merged.retried_units)
     if merged is not None and record is not None:
         merged.write(record)
     if as_json:

@@ -57,6 +57,15 @@ CertificateOption = Annotated[
         "of every file.",
     ),
 ]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="ADDRESS",
+        help="Where units of work run: local (threads), processes, processes:N, ray, ray://HOST:PORT, dask or "
+        "dask://HOST:PORT. Default: local.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Of the sampling; 0 is greedy.")]

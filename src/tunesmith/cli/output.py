@@ -78,6 +78,13 @@ def aside(text: str) -> None:
     (_shown[-1] if _shown else console(stderr=True)).say(text, style="dim")
 
 
+def say_retried(units: int) -> None:
+    """Say on stderr what ran again on a cluster, where anything did."""
+    if units:
+        again = "1 unit of work" if units == 1 else f"{units:,} units of work"
+        aside(f"{again} ran again: a worker was lost, or could not read or write.")
+
+
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """Show progress on stderr: a bar on a terminal, one line a stage elsewhere."""

@@ -13,10 +13,11 @@ from tunesmith.cli.options import (
     BaseViewOption,
     CertificateOption,
     CheckpointOption,
+    ExecutorOption,
     JsonOption,
     SeedOption,
 )
-from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, stoppable
+from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, say_retried, stoppable
 
 if TYPE_CHECKING:
     from tunesmith.cli.screen import Screen
@@ -83,6 +84,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace --out where it is not empty.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     certificate: CertificateOption = True,
+    executor: ExecutorOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a fine-tune to a directory that transformers, vLLM and SGLang load: base and adapter in one rounding.
@@ -92,6 +94,8 @@ def quantize(
     if compare is not None:
         if out is not None or dry_run:
             raise typer.BadParameter("--compare writes no model: leave --out and --dry-run out.")
+        if executor is not None:
+            raise typer.BadParameter("--compare runs on this machine: leave --executor out.")
         if base_view is not None:
             raise typer.BadParameter(
                 "--compare measures against the adapter on the base as it is stored: leave --base-view out."
@@ -129,11 +133,13 @@ def quantize(
             force=force,
             progress=progress,
         )
-        done = (
-            None
-            if dry_run
-            else ts.quantize(plan, certificate=certificate, progress=progress, cancellation=cancellation)
-        )
+        done = None
+        if not dry_run:
+            with ts.executor_of(executor) as pool:
+                done = ts.quantize(
+                    plan, executor=pool, certificate=certificate, progress=progress, cancellation=cancellation
+                )
+            say_retried(done.retried_units)
     if as_json:
         print_json(done or plan)
         return

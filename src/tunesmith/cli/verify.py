@@ -19,10 +19,11 @@ from tunesmith.cli.options import (
     BaseViewOption,
     CertificateOption,
     CheckpointOption,
+    ExecutorOption,
     JsonOption,
     weighted_run,
 )
-from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar
+from tunesmith.cli.output import command, console, human_bytes, print_json, progress_bar, say_retried
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -88,6 +89,7 @@ def verify(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Also write the verdict.")] = None,
     certificate: CertificateOption = True,
+    executor: ExecutorOption = None,
     base_gguf: BaseGgufOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict's line alone.")] = False,
     as_json: JsonOption = False,
@@ -115,6 +117,7 @@ def verify(
             "--prompts": prompts is not None,
             "--dtype": dtype != "fp32",
             "--sample": sample,
+            "--executor": executor is not None,
         }
         _refuse_for_gguf(named, [name for name, given in other.items() if given])
         verify_file(
@@ -141,9 +144,10 @@ def verify(
             "--level": bool(level),
             "--sample": sample,
             "--prompts": prompts is not None,
+            "--executor": executor is not None,
         }
         _recheck(named.merged, [name for name, given in proof.items() if given], out=out, quiet=quiet, as_json=as_json)
-    with _progress(quiet=quiet) as progress:
+    with _progress(quiet=quiet) as progress, ts.executor_of(executor) as pool:
         verdict = ts.verify(
             named.run,
             named.merged,
@@ -157,9 +161,11 @@ def verify(
             dtype=dtype,
             sample=sample,
             certificate=certificate,
+            executor=pool,
             progress=progress,
             levels=level,
         )
+    say_retried(verdict.retried_units)
     if out is not None:
         verdict.write(out)
     if as_json:

@@ -29,7 +29,7 @@ from tunesmith.merge.rounding import (
 )
 from tunesmith.merge.units import Context, TensorTask, Unit, cut, piece_of, task_of
 from tunesmith.merge.work import Tick, one_thread_of_blas, run_unit
-from tunesmith.merge.write import config_of, config_text, merge, own_or_given, stamps_of
+from tunesmith.merge.write import config_of, config_text, merge, stamps_of
 
 __all__ = [
     "CALIBRATED",
@@ -66,7 +66,6 @@ __all__ = [
     "layout_of",
     "merge",
     "one_thread_of_blas",
-    "own_or_given",
     "piece_of",
     "plan_merge",
     "quantized_training",

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith.adapter import Added, LowRank, Magnitude, Replaced, Rows, Stack
-from tunesmith.checkpoint import Array, BaseView, Checkpoint, Float64, as_float64, stored_array
+from tunesmith.checkpoint import (
+    Array,
+    BaseView,
+    Checkpoint,
+    Float64,
+    RangeReader,
+    as_float64,
+    stored_array,
+    stored_path,
+)
 from tunesmith.errors import CheckpointError
 from tunesmith.merge.units import Context, TensorTask
 
@@ -54,21 +63,38 @@ class Segment:
 
 @dataclass
 class Start:
-    """What a tensor is before anything is added to it, rows at a time.  The one place that a base is read through."""
+    """What a tensor is before anything is added to it, rows at a time.  The one place that a base is read through.
+
+    Attributes:
+        rows: those that will be read, most of all, where that is known: of a storage they are asked for at once.
+    """
 
     task: TensorTask
     stack: Stack
     context: Context
-    _file: int | None = field(default=None, init=False)
+    rows: tuple[int, int] | None = None
+    _file: int | RangeReader | None = field(default=None, init=False)
 
     def __enter__(self) -> Start:
         if self.task.source is not None:
-            self._file = os.open(self.task.source, os.O_RDONLY)
+            far = stored_path(self.task.source)
+            held = self._held()
+            self._file = os.open(self.task.source, os.O_RDONLY) if far is None else RangeReader(far, held)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if isinstance(self._file, int):
             os.close(self._file)
+        self._file = None
+
+    def _held(self) -> tuple[int, int]:
+        """The bytes of the rows that will be read."""
+        info = self.task.source_info
+        if info is None:
+            return 0, 0
+        row_bytes = info.size_bytes // max(1, self.task.matrix[0])
+        start, stop = self.rows or (0, self.task.matrix[0])
+        return info.begin + start * row_bytes, info.begin + stop * row_bytes
 
     def read(self, start: int, stop: int) -> tuple[Float64, Array | None]:
         """Rows of the matrix in float64, and as they are stored where that is already the dtype to store."""
@@ -110,6 +136,9 @@ class Start:
         return stored_array(bytes(data), info.dtype, (stop - start, columns)), info.dtype
 
     def _fill(self, view: memoryview, offset: int) -> None:
+        if isinstance(self._file, RangeReader):
+            self._file.read_into(view, offset)
+            return
         while view and self._file is not None:
             try:
                 count = read_at(self._file, view, offset)

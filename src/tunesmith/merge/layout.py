@@ -23,6 +23,7 @@ from tunesmith.checkpoint import (
     Checkpoint,
     Header,
     TensorInfo,
+    header_bytes,
     read_json_object,
 )
 
@@ -225,9 +226,7 @@ def _file_as_in_base(filename: str, header: Header, tensors: Sequence[_Wanted]) 
     )
     if not same:
         return _new_file(filename, tensors, header.metadata)
-    with header.path.open("rb") as file:
-        raw = file.read(header.data_start)
-    return OutputFile(filename, raw, tuple(header.tensors.values()), header.path.name)
+    return OutputFile(filename, header_bytes(header), tuple(header.tensors.values()), header.path.name)
 
 
 def _new_file(filename: str, tensors: Sequence[_Wanted], metadata: dict[str, str]) -> OutputFile:

@@ -16,17 +16,21 @@ from tunesmith.adapter import Adapter, Binding, LowRank, Magnitude, Stack
 from tunesmith.checkpoint import (
     BaseView,
     Checkpoint,
+    StoragePath,
     check_free_space,
     check_out_dir,
     done_bytes,
     locate_base,
+    storage_path,
+    stored_path,
     view_of,
 )
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.records import Asset, Ingredient, MergePlan, ShardPlan
+from tunesmith.merge.remote import own_objects
 from tunesmith.merge.rounders import CALIBRATED, ROUNDINGS, rounding_of
-from tunesmith.merge.units import Compute, pieces_of
+from tunesmith.merge.units import Compute, Copy, pieces_of
 from tunesmith.merge.work import FEEDBACK_TILES, TILE_ELEMENTS
 from tunesmith.progress import ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
@@ -104,10 +108,11 @@ def plan_merge(
     base_name = base or Adapter(first_checkpoint.path).base_model
     if base_name is None:
         raise BaseModelError("The adapter names no base model.", where=first_checkpoint.path, next_step="pass --base")
-    base_dir = locate_base(base_name, relative_to=Path(first.path).parent, progress=progress)
-    target = Path(out).expanduser()
-    runs = {f"run {one.path}" if number else "run": Path(one.path) for number, (one, _, _) in enumerate(chosen)}
-    check_out_dir(target, force=force, inputs={"base model": base_dir, **runs})
+    base_dir = locate_base(base_name, relative_to=storage_path(first.path).parent, stored=True, progress=progress)
+    target = storage_path(out).expanduser()
+    own = own_objects(target) if isinstance(target, StoragePath) else ()
+    runs = {f"run {one.path}" if number else "run": storage_path(one.path) for number, (one, _, _) in enumerate(chosen)}
+    check_out_dir(target, force=force, inputs={"base model": base_dir, **runs}, own=own)
     return _planned(chosen, base_dir, target, base_name=base_name, options=options, asked=rounding)
 
 
@@ -131,7 +136,7 @@ def _chosen(
     run: RunLike, checkpoint: str | int, *, weight: float, adapters: Sequence[tuple[RunLike, float]]
 ) -> _Chosen:
     asked = [(run, checkpoint, weight), *((other, FINAL, share) for other, share in adapters)]
-    opened = [(as_run(one), name, share) for one, name, share in asked]
+    opened = [(as_run(one, stored=True), name, share) for one, name, share in asked]
     return [(one, checkpoint_of(one, name), share) for one, name, share in opened]
 
 
@@ -145,10 +150,19 @@ def _planned(
     binding = stack.bind(model, base_is_residual=options.base_is_residual)
     files = layout_of(model, binding, stack, convert_to=options.convert_to, shard_bytes=options.shard_bytes)
     index, shards = index_of(model, files), shards_of(files, model, binding, view=view)
+    places = (base_dir, target, *(checkpoint.path for _, checkpoint, _ in chosen))
+    far = next((place for place in map(stored_path, places) if place is not None), None)
+    if asked in CALIBRATED and far is not None:
+        raise OutputError(
+            "Calibrated rounding loads the live model, which must lie on a disk.",
+            where=far,
+            expected="directories",
+            next_step="leave --rounding out: faithful rounding needs no forward pass",
+        )
     rounding, rounded, why = _rounding(asked, chosen, files, binding, options=options)
     assets, warnings = assets_of(chosen[0][0], chosen[0][1], model)
     write_bytes = sum(file.size_bytes for file in files) + len((index or "").encode())
-    write_bytes += sum(Path(asset.source).stat().st_size for asset in assets)
+    write_bytes += sum(storage_path(asset.source).stat().st_size for asset in assets)
     free_bytes = check_free_space(target, write_bytes - done_bytes(target))
     return MergePlan(
         adapters=tuple(
@@ -166,6 +180,7 @@ def _planned(
         shards=shards,
         index=index,
         assets=assets,
+        read_bytes=_read_bytes(files, model, stack, binding, view=view),
         write_bytes=write_bytes,
         free_bytes=free_bytes,
         memory_bytes=_memory(files, binding, feedback=rounding not in ("nearest", "stochastic")),
@@ -327,7 +342,7 @@ def assets_of(
         for name in TOKENIZER_FILES
         if holder and (holder / name).is_file()
     ]
-    own_generation = None if checkpoint is None else Path(checkpoint.path) / "generation_config.json"
+    own_generation = None if checkpoint is None else storage_path(checkpoint.path) / "generation_config.json"
     if own_generation is not None and own_generation.is_file():
         assets.append(Asset(filename=own_generation.name, source=str(own_generation), origin="run"))
     taken = {asset.filename for asset in assets}
@@ -337,6 +352,20 @@ def assets_of(
         if file.is_file() and file.name not in taken and any(fnmatch(file.name, pattern) for pattern in _BASE_FILES)
     ]
     return tuple(assets), warnings
+
+
+def _read_bytes(
+    files: Sequence[OutputFile], base: Checkpoint, stack: Stack, binding: Binding, *, view: BaseView | None
+) -> int:
+    """Every byte of the base and of the adapters that the work asks for: where both are in a storage, once."""
+    total = sum(header.data_start for header in base.shards.values())
+    total += sum(adapter.header.file_bytes for adapter in stack.adapters)
+    for piece in (piece for file in files for piece in pieces_of(file, base, binding, view=view)):
+        if isinstance(piece, Copy):
+            total += piece.count
+        elif isinstance(piece, Compute) and piece.task.source_info is not None:
+            total += piece.task.source_info.size_bytes
+    return total
 
 
 def _memory(files: Sequence[OutputFile], binding: Binding, *, feedback: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.adapter import Binding
+from tunesmith.checkpoint import storage_path
 from tunesmith.record import Finding, Part, Record
 
 
@@ -64,10 +65,10 @@ class MergePlan(Record):
     Attributes:
         adapters: what is merged in; their updates are summed.
         base_model: the base as it was asked for.
-        base: absolute directory of the base.
+        base: absolute directory of the base, or its address in a storage.
         base_view: how the base is seen, as QLoRA training saw it; None for as it is stored.
         base_is_residual: whether the base is what an initialisation such as PiSSA's left of it.
-        out: absolute directory to be made.
+        out: absolute directory to be made, or its address in a storage.
         dtype: what the changed tensors are stored in, such as ``BF16``.
         convert_to: the dtype that every floating-point tensor is stored in, such as ``F32``; None for the base's own.
         rounding: how those with a low-rank update are rounded: ``nearest``, ``stochastic``, ``faithful``,
@@ -80,6 +81,7 @@ class MergePlan(Record):
         shards: weights to write.
         index: the new index's text; None where the model has none.
         assets: files to copy.
+        read_bytes: all of the base and of the adapters that will be read.
         write_bytes: all that will be written.
         free_bytes: what the target's disk has free; None where that is not known.
         memory_bytes: the largest working memory of one unit of work, estimated.
@@ -105,6 +107,7 @@ class MergePlan(Record):
     shards: tuple[ShardPlan, ...]
     index: str | None = None
     assets: tuple[Asset, ...]
+    read_bytes: int = 0
     write_bytes: int
     free_bytes: int | None = None
     memory_bytes: int
@@ -219,6 +222,8 @@ class Merged(Record):
         kept: what rounding kept, over all updated tensors.
         nearest: what rounding to nearest would have kept of them.
         resumed_bytes: how much an earlier, interrupted merge had written and was found good.
+        retried_units: how many units of work ran again on a cluster, for their worker was lost or could not read or
+            write.
         findings: what the user should know of the result.
     """
 
@@ -229,9 +234,10 @@ class Merged(Record):
     kept: Kept
     nearest: Kept
     resumed_bytes: int = 0
+    retried_units: int = 0
     findings: tuple[Finding, ...] = ()
 
     @property
     def path(self) -> Path:
         """The merged model's directory."""
-        return Path(self.plan.out)
+        return storage_path(self.plan.out)

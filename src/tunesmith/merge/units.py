@@ -267,6 +267,11 @@ def _part(piece: Piece, room: int, *, may_grow: bool) -> tuple[Piece | None, Pie
     return (piece, None) if may_grow else (None, piece)
 
 
+def in_parts(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """A file's pieces, none larger than what a unit holds where that may be."""
+    return (piece for unit in cut(pieces) for piece in unit)
+
+
 def units_of(
     files: Sequence[OutputFile],
     base: Checkpoint,
@@ -275,6 +280,7 @@ def units_of(
     stage: Path,
     context: Context,
     view: BaseView | None = None,
+    whole: bool = False,
 ) -> list[Unit]:
     """Every unit of a merge, file by file, in the order of their bytes.
 
@@ -285,10 +291,12 @@ def units_of(
         stage: the directory to write into.
         context: what all units share.
         view: how the base is seen; None for as it is stored.
+        whole: whether a file is one unit, as a storage's is written in order.
     """
     units = []
     for file in files:
-        for pieces in cut(pieces_of(file, base, binding, view=view)):
+        all_pieces = pieces_of(file, base, binding, view=view)
+        for pieces in [tuple(in_parts(all_pieces))] if whole else cut(all_pieces):
             begin, last = pieces[0].begin, pieces[-1]
             units.append(
                 Unit(

@@ -15,7 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from tunesmith.adapter import Copied, LowRank, Magnitude, Stack
 from tunesmith.allocator import keep_freed_memory
-from tunesmith.checkpoint import Array, Float64, copy_range, write_at
+from tunesmith.checkpoint import Array, Float64, Upload, copy_range, open_regular, stored_path, write_at
+from tunesmith.checkpoint import read_at as read_stored
+from tunesmith.errors import CheckpointError
 from tunesmith.merge.exact import (
     Segment,
     Start,
@@ -61,10 +63,12 @@ class UnitReceipt:
     Attributes:
         checksum: XXH3 (128 bits, hexadecimal) of its bytes, in their order.
         sums: by tensor, what rounding kept of what is added to it.
+        sha256: SHA-256 of its bytes, where they went into a storage.
     """
 
     checksum: str
     sums: Sums
+    sha256: str | None = None
 
 
 class _Target:
@@ -98,21 +102,31 @@ def run_unit(unit: Unit, tick: Tick | None = None) -> UnitReceipt:
     if multiprocessing.parent_process() is not None:
         one_thread_of_blas()
     tick = tick or _silent
-    sums: Sums = {}
+    if (far := stored_path(unit.target)) is not None:
+        with Upload(far) as upload:
+            sums = _pieces(unit, upload, tick)
+        return UnitReceipt(upload.checksum.hexdigest(), sums, upload.sha256.hexdigest())
     target = _Target(unit.target)
     try:
-        for piece in unit.pieces:
-            if isinstance(piece, Compute):
-                kept = _compute(piece, unit.context, target, tick)
-                if piece.task.adds:
-                    sums[piece.task.info.name] = kept  # a unit holds no tensor twice
-            elif isinstance(piece, Copy):
-                _copy(piece, target, tick)
-            else:
-                _literal(piece, target, tick)
+        sums = _pieces(unit, target, tick)
     finally:
         os.close(target.descriptor)
     return UnitReceipt(target.checksum.hexdigest(), sums)
+
+
+def _pieces(unit: Unit, target: _Target | Upload, tick: Tick) -> Sums:
+    sums: Sums = {}
+    for piece in unit.pieces:
+        if isinstance(piece, Compute):
+            kept = _compute(piece, unit.context, target, tick)
+            if piece.task.adds:
+                name = piece.task.info.name
+                sums[name] = sums.get(name, TileSums()) + kept
+        elif isinstance(piece, Copy):
+            _copy(piece, target, tick)
+        else:
+            _literal(piece, target, tick)
+    return sums
 
 
 def checksum_of(path: Path, begin: int, end: int) -> str:
@@ -141,13 +155,16 @@ def _silent(_count: int, _detail: str) -> None:
     pass
 
 
-def _literal(piece: Literal, target: _Target, tick: Tick) -> None:
+def _literal(piece: Literal, target: _Target | Upload, tick: Tick) -> None:
     target.write(piece.data, piece.begin)
     tick(piece.count, "header")
 
 
-def _copy(piece: Copy, target: _Target, tick: Tick) -> None:
+def _copy(piece: Copy, target: _Target | Upload, tick: Tick) -> None:
     """Copy in the kernel, and read back for the checksum what lies in its cache then."""
+    if isinstance(target, Upload) or stored_path(piece.source) is not None:
+        _pass_on(piece, target, tick)
+        return
     source, buffer = os.open(piece.source, os.O_RDONLY), memoryview(bytearray(_READ_BYTES))
     try:
         for position in range(0, piece.count, _COPY_BYTES):
@@ -162,9 +179,28 @@ def _copy(piece: Copy, target: _Target, tick: Tick) -> None:
         os.close(source)
 
 
-def _compute(piece: Compute, context: Context, target: _Target, tick: Tick) -> TileSums:
+def _pass_on(piece: Copy, target: _Target | Upload, tick: Tick) -> None:
+    """Copy from a storage, or into one."""
+    for position in range(0, piece.count, _COPY_BYTES):
+        count = min(_COPY_BYTES, piece.count - position)
+        target.write(_bytes_of(piece.source, piece.offset + position, count), piece.begin + position)
+        tick(count, "untouched tensors")
+
+
+def _bytes_of(source: str, offset: int, count: int) -> bytes:
+    if (far := stored_path(source)) is not None:
+        return read_stored(far, offset, count)
+    with open_regular(source) as file:
+        file.seek(offset)
+        data = file.read(count)
+    if len(data) != count:
+        raise CheckpointError("The file became shorter while it was read.", where=source)
+    return data
+
+
+def _compute(piece: Compute, context: Context, target: _Target | Upload, tick: Tick) -> TileSums:
     task, stack, total = piece.task, stack_of(context), TileSums()
-    with Start(task, stack, context) as begun:
+    with Start(task, stack, context, rows=None if task.whole else (piece.start, piece.stop)) as begun:
         norms = column_norms(task, stack, begun, height=_tile_rows(task, None)) if task.whole else None
         for segment in segments(task, piece.start, piece.stop, stack):
             rounder = _rounder(task, segment, context, begun, norms)

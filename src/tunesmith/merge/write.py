@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,15 +27,20 @@ from tunesmith.checkpoint import (
     read_json_object,
     resumable_stage,
     sha256_of,
+    stamp_of,
+    storage_path,
+    stored_path,
     view_of,
 )
 from tunesmith.errors import CheckpointError, OutputError
+from tunesmith.executors import Workers, retried_by, workers_of
 from tunesmith.merge.fidelity import fidelity_of, judged, kept_of
 from tunesmith.merge.journal import JOURNAL_FILE, FileLedger, Journal
 from tunesmith.merge.kernel import available, prepare
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.plan import shards_of
 from tunesmith.merge.records import Merged, MergePlan, Receipt
+from tunesmith.merge.remote import StorageJournal, StorageLedger, StorageStage, storage_stage
 from tunesmith.merge.rounders import CALIBRATED, rounding_of
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.units import UNIT_BYTES, Compute, Context, TensorTask, units_of
@@ -44,6 +48,7 @@ from tunesmith.merge.work import Tick, UnitReceipt, checksum_of, run_unit
 from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress, no_progress
 
 COMPILE_FROM_BYTES = 200 << 20
+_LOOK_EVERY_S = 0.2
 
 _CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -81,7 +86,7 @@ def merge(
         CheckpointError: a tensor is not finite, or does not stay finite in its dtype; or the base or the adapter is
             no longer what was planned with.
     """
-    started = time.monotonic()
+    started, retried = time.monotonic(), retried_by(executor)
     if plan.rounding in CALIBRATED and inputs is None:
         raise OutputError("Calibrated rounding needs the recorded inputs of the adapted modules.", where=plan.out)
     compiled = _pays_to_compile(plan)
@@ -90,17 +95,22 @@ def merge(
     base, files = _checked(plan)
     stamps = stamps_of(base)
     fingerprint = _fingerprint(plan, files, stamps, inputs)
-    with resumable_stage(Path(plan.out), force=plan.force) as stage:
+    far = stored_path(plan.out) is not None
+    with storage_stage(plan) if far else resumable_stage(Path(plan.out), force=plan.force) as stage:
         size = sum(shard.size_bytes for shard in plan.shards)
         report = SharedProgress("merge", size, "bytes", progress=progress, cancellation=cancellation or Cancellation())
         work = _Work(plan, stage, report, inputs)
-        journal = Journal(stage.root / JOURNAL_FILE, fingerprint)
+        journal = (
+            StorageJournal(stage, fingerprint)
+            if isinstance(stage, StorageStage)
+            else Journal(stage.root / JOURNAL_FILE, fingerprint)
+        )
         try:
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
             resumed = work.resume(ledgers, journal)
             # Threads of BLAS would fight ours.
-            with threadpool_limits(1), own_or_given(executor) as (pool, own), _Hashes(ledgers, base, sha256) as hashes:
-                work.run(ledgers, journal, pool=pool, own=own, hashes=hashes)
+            with threadpool_limits(1), workers_of(executor) as workers, _Hashes(ledgers, base, sha256) as hashes:
+                work.run(ledgers, journal, workers=workers, hashes=hashes)
                 written, read = hashes.result(lambda: work.report.advance(0, "hashing"))
         except BrokenExecutor as error:
             stage.keep = True
@@ -113,7 +123,7 @@ def merge(
         stage.publish()
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
     receipts = tuple(
-        _receipt(file, ledger, written.get(file.filename), rounding)
+        _receipt(file, ledger, written.get(file.filename) or getattr(ledger, "sha256", None), rounding)
         for file, ledger in zip(files, ledgers, strict=True)
     )
     total = sum((sums for ledger in ledgers for sums in ledger.sums.values()), TileSums())
@@ -126,6 +136,7 @@ def merge(
         kept=kept,
         nearest=nearest,
         resumed_bytes=resumed,
+        retried_units=retried_by(executor) - retried,
         findings=judged(plan, kept, nearest),
     )
 
@@ -140,11 +151,14 @@ class _Hashes:
     """
 
     def __init__(self, ledgers: Sequence[FileLedger], base: Checkpoint, wanted: bool) -> None:
-        files = {ledger.path.name: ledger.path for ledger in ledgers} if wanted else {}
+        near = [ledger for ledger in ledgers if wanted and not isinstance(ledger, StorageLedger)]
+        files = {ledger.path.name: ledger.path for ledger in near}
         self._units = [(ledger, number) for ledger in ledgers for number in range(len(ledger.units))]
         self._next, self._complete = 0, 0
         self._written = TrailingHashes(files)
-        self._read = TrailingHashes({shard: base.path / shard for shard in base.shards} if wanted else {})
+        self._read = TrailingHashes(
+            {shard: base.path / shard for shard in base.shards} if wanted and stored_path(base.path) is None else {}
+        )
         self.advance()  # what an earlier merge has done is there already
 
     def advance(self) -> None:
@@ -179,7 +193,7 @@ class _Work:
     """One merge under way in its stage."""
 
     plan: MergePlan
-    stage: Stage
+    stage: Stage | StorageStage
     report: SharedProgress
     inputs: Path | None = None
 
@@ -197,8 +211,10 @@ class _Work:
             fingerprint=fingerprint,
         )
         view = view_of(self.plan.base_view)
-        units = units_of(files, base, self.plan.binding, stage=self.stage.new, context=context, view=view)
-        return [FileLedger(Path(target), list(mine)) for target, mine in groupby(units, key=lambda unit: unit.target)]
+        far = isinstance(self.stage, StorageStage)
+        units = units_of(files, base, self.plan.binding, stage=self.stage.new, context=context, view=view, whole=far)
+        kind = StorageLedger if far else FileLedger
+        return [kind(storage_path(target), list(mine)) for target, mine in groupby(units, key=lambda unit: unit.target)]
 
     def resume(self, ledgers: Sequence[FileLedger], journal: Journal) -> int:
         """Believe what of an earlier merge is still so; returns how many bytes that is."""
@@ -213,9 +229,7 @@ class _Work:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             held = list(pool.map(lambda one: self._holds(*one), told))
         mine = {ledger.path.name for ledger in ledgers}
-        for stray in self.stage.new.iterdir():
-            if stray.name not in mine:
-                stray.unlink()
+        self.stage.keep_only(mine)
         journal.begin([entry for (_, _, entry), holds in zip(told, held, strict=True) if holds])
         for ledger in ledgers:
             ledger.prepare()
@@ -230,25 +244,26 @@ class _Work:
         self.report.advance(0, "checking what is already done")
         return ledger.holds(number, entry)
 
-    def run(
-        self, ledgers: Sequence[FileLedger], journal: Journal, *, pool: Executor, own: bool, hashes: _Hashes
-    ) -> None:
+    def run(self, ledgers: Sequence[FileLedger], journal: Journal, *, workers: Workers, hashes: _Hashes) -> None:
         """Run every unit that is not done, a bounded number at once."""
+        pool, own = workers.pool, workers.own
         todo = [(ledger, n) for ledger in ledgers for n in range(len(ledger.units)) if n not in ledger.done]
         todo.reverse()
-        most = 2 * (os.cpu_count() or 1)
         tick: Tick | None = self.report.advance if own else None
         running: dict[Future[Any], tuple[FileLedger, int] | None] = {}  # no place: flushing
         with ThreadPoolExecutor(1) as flusher:
             flushed: Future[Any] = flusher.submit(int)
             try:
                 while todo or running:
+                    most = 2 * workers.slots
                     while todo and len(running) < most:
                         ledger, number = todo.pop()
                         unit = ledger.units[number]
                         future = pool.submit(run_unit, unit, tick) if own else pool.submit(run_unit, unit)
                         running[future] = ledger, number
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+                    if not done:  # a cluster may take its time
+                        self.report.advance(0, "units under way")
                     for future in [future for future in running if future in done]:
                         place, receipt = running.pop(future), future.result()
                         if place is None:
@@ -277,16 +292,6 @@ def _pays_to_compile(plan: MergePlan) -> bool:
     return plan.write_bytes >= COMPILE_FROM_BYTES and available()
 
 
-@contextmanager
-def own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
-    """An executor, and whether it is ours: a pool of threads, one a core, where none is given."""
-    if executor is not None:
-        yield executor, False
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool, True
-
-
 def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list[Any]], inputs: Path | None) -> str:
     """A hash of all that decides the bytes of the weights."""
     recorded = sorted(path for path in inputs.iterdir() if path.is_file()) if inputs is not None else []
@@ -298,7 +303,7 @@ def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list
         "inputs": [[path.name, checksum_of(path, 0, path.stat().st_size)] for path in recorded],
         "adapters": [
             [one.adapter, one.weight]
-            + [sha256_of(Path(one.adapter, name)) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+            + [_identity(storage_path(one.adapter) / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
             for one in plan.adapters
         ],
         "base": stamps,
@@ -308,18 +313,22 @@ def _fingerprint(plan: MergePlan, files: Sequence[OutputFile], stamps: list[list
 
 
 def stamps_of(base: Checkpoint) -> list[list[Any]]:
-    """Size and time of every file of weights of a model."""
-    found = [(name, Path(base.path, name).stat()) for name in base.shards]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+    """Size and time of every file of weights of a model, or its storage's tag."""
+    return [[name, *stamp_of(base.path / name)] for name in base.shards]
+
+
+def _identity(path: Path) -> str:
+    """What tells one file from another: of the disk, its hash; of a storage, its tag, for it is not read twice."""
+    return sha256_of(path) if stored_path(path) is None else json.dumps(stamp_of(path))
 
 
 def _write_small_files(plan: MergePlan, folder: Path) -> None:
     for asset in plan.assets:
-        (folder / asset.filename).write_bytes(Path(asset.source).read_bytes())
+        (folder / asset.filename).write_bytes(storage_path(asset.source).read_bytes())
     if plan.index is not None:
         (folder / INDEX_FILE).write_text(plan.index, encoding="utf-8")
     # Last, so that a directory without it was never finished.
-    config = config_of(Path(plan.base), plan.binding, convert_to=plan.convert_to)
+    config = config_of(storage_path(plan.base), plan.binding, convert_to=plan.convert_to)
     (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
 
 

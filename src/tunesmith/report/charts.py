@@ -313,7 +313,7 @@ def drift_spec(drift: Drift, lang: str = "en") -> Spec | None:
     layers = _drift_limit(drift, x, lang)
     for name in ("in_domain", "general"):
         layers += _drift_series([point for point in points if point["set"] == name], x, y, drift, lang)
-    spec = _chart({"width": 560, "height": 30 * len(names), "layer": layers})
+    spec = _chart({"width": 640, "height": 30 * len(names), "layer": layers})
     spec["config"]["axis"]["labelLimit"] = 0
     return spec
 
@@ -321,10 +321,13 @@ def drift_spec(drift: Drift, lang: str = "en") -> Spec | None:
 def _drift_limit(drift: Drift, x: Spec, lang: str) -> list[Spec]:
     """What the advice asks of general texts, as a line across with its name."""
     values, at = {"values": [{"at": drift.kl_at_most}]}, {"x": {**x, "field": "at"}}
-    words = {"type": "text", "text": text("chart.drift.limit", lang), "align": "left", "dx": 4, "baseline": "bottom"}
+    low, high = x["scale"]["domain"]
+    side = ("right", -4) if drift.kl_at_most > math.sqrt(low * high) else ("left", 4)  # where there is more room
+    words = {"type": "text", "baseline": "bottom", "align": side[0], "dx": side[1]}
+    words |= {"text": text("chart.drift.limit", lang), "color": _INK, "opacity": 0.75}
     return [
         {"data": values, "mark": {"type": "rule", "strokeDash": [4, 4], "color": _QUIET}, "encoding": at},
-        {"data": values, "mark": {**words, "color": _INK, "opacity": 0.75}, "encoding": {**at, "y": {"value": -2}}},
+        {"data": values, "mark": words, "encoding": {**at, "y": {"value": -2}}},
     ]
 
 

@@ -11,7 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint import Sought, full_precision_sibling, hub_snapshot, is_file, is_hub_id
+from tunesmith.checkpoint import (
+    NOT_LOADED,
+    NOT_LOADED_NEXT,
+    Sought,
+    full_precision_sibling,
+    hub_snapshot,
+    is_file,
+    is_hub_id,
+    stored_path,
+)
 from tunesmith.errors import RunError
 from tunesmith.progress import ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
@@ -21,6 +30,7 @@ from tunesmith.runs.logs import SWIFT_LOG, TRAINER_LOG, TRAINER_STATE, as_number
 from tunesmith.runs.pickles import scan_run
 from tunesmith.runs.reading import Documents
 from tunesmith.runs.records import LogRow, Run, RunCheckpoint
+from tunesmith.runs.remote import open_stored
 from tunesmith.runs.settings import read_settings
 from tunesmith.runs.tokenizer import holds_tokenizer
 from tunesmith.runs.tools import ADAPTER_CONFIG, FACTORY_PRINTED, MANIFEST, wrote
@@ -49,14 +59,15 @@ _HUB_ADAPTER = Sought(
 )
 
 
-def open_run(path: str | os.PathLike[str], *, progress: ProgressCallback = no_progress) -> Run:
+def open_run(path: str | os.PathLike[str], *, stored: bool = False, progress: ProgressCallback = no_progress) -> Run:
     """Open a run directory, one of its checkpoints, a bare adapter directory, or an adapter of the hub.
 
     A directory that holds no adapter, but one run (as ms-swift's output does), stands for that run.
 
     Args:
-        path: the directory; or a hub id, ``org/name`` or ``org/name@revision``, where there is no directory of that
-            name.
+        path: the directory; an adapter's address, such as ``s3://bucket/adapter``; or a hub id, ``org/name`` or
+            ``org/name@revision``, where there is no directory of that name.
+        stored: whether it may lie in a storage, of which only headers and rows are ever read.
         progress: told of what is fetched.
 
     Returns:
@@ -66,6 +77,10 @@ def open_run(path: str | os.PathLike[str], *, progress: ProgressCallback = no_pr
         RunError: the directory is absent, is a file, or holds no adapter, or several runs; or the hub has no such
             adapter.
     """
+    if (address := stored_path(path)) is not None:
+        if not stored:
+            raise RunError(NOT_LOADED, where=address, next_step=NOT_LOADED_NEXT)
+        return open_stored(address)
     root = _located(path, progress)
     within = _run_within(root)
     run = _read(within or root)
@@ -147,9 +162,9 @@ def training_log(path: str | os.PathLike[str]) -> tuple[LogRow, ...]:
     return _log(documents, {}, TRAINER_STATE)[0]
 
 
-def as_run(run: Run | str | os.PathLike[str], *, progress: ProgressCallback = no_progress) -> Run:
+def as_run(run: Run | str | os.PathLike[str], *, stored: bool = False, progress: ProgressCallback = no_progress) -> Run:
     """The run itself, or the one in that directory, or of that name on the hub."""
-    return run if isinstance(run, Run) else open_run(run, progress=progress)
+    return run if isinstance(run, Run) else open_run(run, stored=stored, progress=progress)
 
 
 def checkpoint_of(run: Run, name: str | int) -> RunCheckpoint:

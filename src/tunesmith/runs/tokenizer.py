@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.checkpoint import is_file
+from tunesmith.checkpoint import is_file, storage_path
 from tunesmith.runs.records import Run, RunCheckpoint
 
 TOKENIZER_FILES = (
@@ -23,7 +23,7 @@ def tokenizer_dir(run: Run, checkpoint: RunCheckpoint, base: Path) -> Path | Non
     Returns:
         The directory, or None where none of the three holds a tokenizer.
     """
-    places = (Path(checkpoint.path), Path(run.path), base)
+    places = (storage_path(checkpoint.path), storage_path(run.path), base)
     return next(filter(holds_tokenizer, places), None)
 
 

@@ -201,6 +201,7 @@ class Verdict(Record):
         dtype: the dtype of the behaviour level's arithmetic; None where it was skipped.
         certificate: whether a certificate was written into the directory, or a warning that says why not; None where
             none was to be.
+        retried_units: how many units of work ran again on a cluster, for their worker was lost or could not read.
     """
 
     run: str
@@ -215,6 +216,7 @@ class Verdict(Record):
     behaviour: tuple[BehaviourRow, ...] = ()
     dtype: str | None = None
     certificate: Finding | None = None
+    retried_units: int = 0
 
     @property
     def good(self) -> bool:

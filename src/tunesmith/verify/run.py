@@ -8,9 +8,18 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, Stack
-from tunesmith.checkpoint import Checkpoint, TrailingHashes, listing_sha256, relatives_of, weights_files
+from tunesmith.checkpoint import (
+    Checkpoint,
+    TrailingHashes,
+    listing_sha256,
+    relatives_of,
+    storage_path,
+    stored_path,
+    weights_files,
+)
 from tunesmith.conversations import Conversation, built_in_prompts
 from tunesmith.errors import AdapterError, BaseModelError, CheckpointError, TunesmithError
+from tunesmith.executors import retried_by
 from tunesmith.models import VariantSet
 from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_progress
 from tunesmith.record import Finding, Value
@@ -20,7 +29,14 @@ from tunesmith.verify.assets import check_assets
 from tunesmith.verify.behaviour import ADAPTER, MERGED, Codes, Reference, check_behaviour, tolerated_share
 from tunesmith.verify.certificate import Origin, certified_files, not_written, verdict_of, write_certificate
 from tunesmith.verify.diagnosis import diagnose_findings, diagnose_weights
-from tunesmith.verify.quantized import certified_codes, check_codes, diagnose_codes, judge_codes, other_checkpoint
+from tunesmith.verify.quantized import (
+    certified_codes,
+    check_codes,
+    diagnose_codes,
+    judge_codes,
+    other_checkpoint,
+    other_start,
+)
 from tunesmith.verify.records import (
     GOOD,
     Answer,
@@ -89,7 +105,10 @@ class Verification:
         self.quantized: tuple[QuantizedTensor, ...] = ()
         self.behaviour: tuple[BehaviourRow, ...] = ()
         self.dtype: str | None = None
-        self.sample, self.certificate = sample, certificate and not sample
+        places = (merged_dir, base_dir, self.chosen.path, *(path for path, _ in self.others))
+        self.far = any(stored_path(place) is not None for place in places)
+        self.sample, self.wanted = sample, certificate and not sample
+        self.certificate = self.wanted and not self.far
         self.hashes: dict[Path, str] = {}
         self.stamps = self._stamps() if self.certificate else {}
         self.executor = executor
@@ -118,7 +137,7 @@ class Verification:
             self.merged_dir,
             self.base.path,
             self.tokenizer_dir,
-            generation_from=Path(self.chosen.path),
+            generation_from=storage_path(self.chosen.path),
             head_written_out=self.head_written_out,
             config_changes=self.expectation.binding.config,
         )
@@ -128,7 +147,7 @@ class Verification:
         if self.merged is None:
             return [Finding(code="weights_unreadable", severity="error")]
         shards = [self.base.path / shard for shard in self.base.shards] if self.certificate else []
-        known = self.run.base_sha256 is not None and not self.sample
+        known = self.run.base_sha256 is not None and not self.sample and not self.far
         base = weights_files(self.base.path) if known else shards
         ours = [self.merged.path / shard for shard in self.merged.shards] if self.certificate else []
         check, codes = self.cancellation.check, self._codes()
@@ -181,6 +200,8 @@ class Verification:
             if name is not None:
                 params: dict[str, Value] = {"checkpoint": name, "asked": self.chosen.name}
                 findings.append(Finding(code="quantized_other_checkpoint", severity="error", params=params))
+            start = other_start(self.quantized, codes, self.expectation)
+            findings += [start] if start is not None else []
         return findings
 
     def _other_adapters(self) -> dict[str, Expectation]:
@@ -207,8 +228,10 @@ class Verification:
         Returns:
             Whether it was written; None where it was not to be.
         """
-        if not self.certificate or answer not in GOOD:
+        if not self.wanted or answer not in GOOD:
             return None
+        if self.far:
+            return not_written("What lies in a storage is not read again to be hashed.")
         if self._stamps() != self.stamps:
             return not_written("A file was changed while it was verified.")
         verdict = verdict_of(
@@ -293,6 +316,8 @@ class Verification:
 
     def _not_comparable(self) -> str | None:
         """Why the merge has no live counterpart that answers in text; None where it may have one."""
+        if self.far:
+            return "A model is not loaded from a storage."
         config = Adapter(self.chosen.path).config
         task = config.get("task_type") or "CAUSAL_LM"
         if task != "CAUSAL_LM":
@@ -384,6 +409,7 @@ def verify(
     Raises:
         TunesmithError: the run, its adapter or the base cannot be read, or do not fit each other.
     """
+    retried = retried_by(executor)
     work = Verification(
         run,
         merged_dir,
@@ -428,6 +454,7 @@ def verify(
         behaviour=work.behaviour,
         dtype=work.dtype,
         certificate=work.certify(answer, done),
+        retried_units=retried_by(executor) - retried,
     )
 
 

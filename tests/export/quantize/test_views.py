@@ -145,6 +145,32 @@ def test_a_view_that_was_not_taken_is_told_from_the_codes(tiny: TinyRun, base: P
     assert causes("nf4", "int8") == [("cause_base_dequantized", "nf4")]
 
 
+@pytest.mark.parametrize("scheme", ["int4:32", "int4:64", "fp8"])
+@pytest.mark.parametrize("rounding", ["nearest", "faithful"])
+def test_the_start_is_told_where_it_lies_within_the_codes_own_noise(
+    tiny: TinyRun, base: Path, tmp_path: Path, scheme: str, rounding: str
+) -> None:
+    """At 4 bits no single code tells an nf4 view from the stored base; all together do, and each alone is right."""
+    run, answers = tiny.adapters["final"], {}
+    for made_with in (None, "nf4", "nf4-double"):
+        out = tmp_path / str(made_with)
+        options = {"scheme": scheme, "base": str(base), "rounding": rounding}
+        ts.quantize(ts.plan_quantization(run, out, base_view=made_with, **options), certificate=False)
+        for asked in (None, made_with or "nf4"):
+            found = ts.verify(run, out, base=str(base), base_view=asked, levels=PROOF, certificate=False)
+            answers[made_with, asked] = found.answer, [(one.code, one.params.get("view")) for one in found.causes]
+    good = ("equal_within_quantization", [])
+    assert [pair for pair, answer in answers.items() if answer == good] == [
+        (None, None),
+        ("nf4", "nf4"),
+        ("nf4-double", "nf4-double"),
+    ]
+    assert answers[None, "nf4"] == ("different", [("cause_base_not_dequantized", None)])
+    for view in ("nf4", "nf4-double"):
+        assert answers[view, None][0] == "different"
+        assert {code for code, _ in answers[view, None][1]} == {"cause_base_dequantized"}
+
+
 @pytest.mark.parametrize(("setting", "value"), [("quantization_bit", 4), ("load_in_8bit", True)])
 def test_a_training_on_a_quantized_base_is_told_unless_a_view_is_asked_for(
     tiny: TinyRun, base: Path, tmp_path: Path, setting: str, value: object

@@ -111,6 +111,8 @@ class Quantized(Record):
         size_bytes: of the weights that were written.
         seconds: wall time; of calibrated rounding with the recording.
         relative_error: ‖Ŵ − W'‖ / ‖W'‖ over all quantized tensors together.
+        retried_units: how many units of work ran again on a cluster, for their worker was lost or could not read or
+            write.
         findings: what the user should know of the result.
     """
 
@@ -120,6 +122,7 @@ class Quantized(Record):
     size_bytes: int
     seconds: float
     relative_error: float
+    retried_units: int = 0
     findings: tuple[Finding, ...] = ()
 
     @property

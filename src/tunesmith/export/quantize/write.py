@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from tunesmith.adapter import beside
 from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, resumable_stage, view_of, write_error
 from tunesmith.errors import CheckpointError, OutputError
+from tunesmith.executors import Workers, retried_by, workers_of
 from tunesmith.export.quantize.plan import Layout, laid_out
 from tunesmith.export.quantize.records import QuantizationPlan, Quantized, TensorRounded
 from tunesmith.export.quantize.rounders import CALIBRATED
@@ -28,7 +29,6 @@ from tunesmith.merge import (
     config_of,
     config_text,
     cut,
-    own_or_given,
     piece_of,
     stamps_of,
     task_of,
@@ -66,7 +66,7 @@ def quantize(
         CheckpointError: a tensor is not finite; or the base or the adapter is no longer what was planned with.
         MissingExtraError: compressed-tensors is not installed.
     """
-    started = time.monotonic()
+    started, retried = time.monotonic(), retried_by(executor)
     require_package()
     if plan.rounding == CALIBRATED and inputs is None:
         raise OutputError("Calibrated rounding needs the recorded inputs of the quantized layers.", where=plan.out)
@@ -81,8 +81,8 @@ def quantize(
             units = list(_units(plan, model, layout, stage.new, inputs=inputs))
             _make_files(layout.files, stage.new)
             report.advance(sum(len(file.header) for file in layout.files), "headers")
-            with threadpool_limits(1), own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
-                done = _run(units, pool, report, own=own)
+            with threadpool_limits(1), workers_of(executor) as workers:  # threads of BLAS would fight ours
+                done = _run(units, workers, report)
             if stamps_of(model) != stamps:
                 raise CheckpointError("The base model changed while it was read.", where=plan.base)
             _write_small_files(plan, layout, stage.new)
@@ -91,7 +91,8 @@ def quantize(
             raise OutputError("A worker of the executor died.", where=plan.out, found=error) from error
         except OSError as error:  # nothing is gone on with, so that nothing stays
             raise write_error(error, Path(plan.out)) from error
-    return _finished(plan, done, size, seconds=time.monotonic() - started)
+    finished = _finished(plan, done, size, seconds=time.monotonic() - started)
+    return finished.model_copy(update={"retried_units": retried_by(executor) - retried})
 
 
 def _checked(plan: QuantizationPlan, model: Checkpoint) -> Layout:
@@ -160,23 +161,24 @@ def _units(
             yield Unit(str(folder / file.filename), pieces[0].begin, end, pieces, context)
 
 
-def _run(
-    units: Sequence[QuantizeUnit | Unit], pool: Executor, report: SharedProgress, *, own: bool
-) -> dict[str, UnitDone]:
-    """Run every unit; what was done to each quantized tensor, by name."""
+def _run(units: Sequence[QuantizeUnit | Unit], workers: Workers, report: SharedProgress) -> dict[str, UnitDone]:
+    """Run every unit, a bounded number at once; what was done to each quantized tensor, by name."""
+    pool, own = workers.pool, workers.own
     tick = report.advance if own else None
     running: dict[Future[UnitDone], QuantizeUnit | Unit] = {}
+    done: dict[str, UnitDone] = {}
+    todo = sorted(units, key=_bytes_of)  # the largest first, from the end
     try:
-        largest_first = sorted(units, key=_bytes_of, reverse=True)
-        for unit in largest_first:
-            running[pool.submit(run_any, unit, tick) if own else pool.submit(run_any, unit)] = unit
-        left, done = set(running), {}
-        while left:
-            ended, left = wait(left, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+        while todo or running:
+            most = 2 * workers.slots
+            while todo and len(running) < most:
+                unit = todo.pop()
+                running[pool.submit(run_any, unit, tick) if own else pool.submit(run_any, unit)] = unit
+            ended, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
             for future in ended:
-                result = future.result()
+                unit, result = running.pop(future), future.result()
                 done[result.name] = result
-                report.advance(0 if own else _bytes_of(running[future]), result.name)
+                report.advance(0 if own else _bytes_of(unit), result.name)
             report.advance(0, "quantize")
     except BaseException:
         report.failed.cancel()  # so that the other units stop before their directory goes

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tunesmith.errors import Cancelled, DataError, MissingExtraError
-from tunesmith.models.endpoint.answers import Answer, sampling
+from tunesmith.models.endpoint.answers import Answer, Habits, sampling
 from tunesmith.models.endpoint.flight import Call, fly, run, unless_cancelled
 from tunesmith.models.endpoint.likelihoods import Likelihood, encoded
 from tunesmith.models.endpoint.probe import Probe, Probed
@@ -294,10 +294,22 @@ class Endpoint(Engine):
             )
 
     def _fly(self, calls: Sequence[Call], cancellation: Cancellation) -> None:
-        alone = self._probed is not None and self._probed.habits.alone
-        parallel = 1 if alone else self._parallel
+        habits = self._probed.habits if self._probed is not None else Habits()
+        parallel = 1 if habits.alone else self._parallel
+        groups = [calls]
+        if habits.apart:
+            groups = [
+                [call for call in calls if call.model == model] for model in dict.fromkeys(c.model for c in calls)
+            ]
+
+        async def all_groups(client: Any) -> None:
+            for group in groups:
+                await fly(client, group, parallel=parallel, cancellation=cancellation)
+                if cancellation.requested or any(call.refused and call.refused.final for call in group):
+                    return
+
         if calls:
-            run(self._contact, lambda client: fly(client, calls, parallel=parallel, cancellation=cancellation))
+            run(self._contact, all_groups)
 
     def _raise(self, calls: Sequence[tuple[str, Call]]) -> None:
         failed = [(about, call.refused) for about, call in calls if call.refused is not None]

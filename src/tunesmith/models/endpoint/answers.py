@@ -36,6 +36,8 @@ class Habits:
         stops: a stop text that ended an answer is told of, is included in the text, or is hidden from us; then we look
             for it ourselves and close the connection, for only so an answer's own end can be told from it.
         alone: it breaks an answer off when the next request comes, so it is asked for one thing at a time.
+        apart: asked for several models at once it gives one the answers of another, so it is asked for one model at a
+            time.
         scoring: in which form it tells the likelihood of a prompt's tokens; None: in none.
     """
 
@@ -45,6 +47,7 @@ class Habits:
     extras: frozenset[str] = frozenset()
     stops: StopHabit = "hidden"
     alone: bool = False
+    apart: bool = False
     scoring: Scoring | None = None
 
 

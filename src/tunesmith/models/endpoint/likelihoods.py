@@ -35,6 +35,7 @@ class Likelihood(Call):
         row: its token ids.
         text: the same as text, for servers that take no ids.
         scoring: in which form the server tells log-probabilities.
+        pieces: the text of every token, against which the server's own are held, where it tells them; None for not to.
         on_end: called once they are there.
 
     Attributes:
@@ -50,10 +51,12 @@ class Likelihood(Call):
         row: Encoded,
         text: str,
         scoring: Scoring,
+        pieces: Sequence[str] | None = None,
         on_end: Callable[[Likelihood], None] | None = None,
     ) -> None:
         super().__init__(contact, model)
         self._row, self._text, self._scoring, self._on_end = row, text, scoring, on_end
+        self._pieces = pieces
         self.told: list[tuple[float | None, bool | None]] = []
 
     async def ask(self, client: Any) -> None:
@@ -72,6 +75,10 @@ class Likelihood(Call):
             return
         if self._scoring == "echo text" and length is None:
             self.refuse(other_tokens("no count of the prompt's tokens", len(ids), self.contact))
+            return
+        strange = _strange(field(field(choice, "logprobs"), "tokens"), ids, self._pieces)
+        if strange is not None:
+            self.refuse(other_tokens(strange, len(ids), self.contact))
             return
         self.told = told[: len(ids)]
         self.score("")
@@ -108,6 +115,27 @@ def other_tokens(found: str, expected: int, contact: Contact) -> Refusal:
             next_step="check that the tokenizer is the server's model's",
         )
     )
+
+
+def _strange(told: Any, ids: Sequence[int], pieces: Sequence[str] | None) -> str | None:
+    """The first of a server's tokens that is another one than was sent; None where it tells none.
+
+    Servers write a token as its text or as ``token_id:N``.  Texts of tokens that are parts of characters are written in
+    as many ways as there are servers, and spaces at their ends come and go, so that neither is compared.
+    """
+    if pieces is None or not isinstance(told, list) or len(told) < len(ids):
+        return None
+    for place, (token, own, piece) in enumerate(zip(told, ids, pieces, strict=False)):
+        if not isinstance(token, str) or "\ufffd" in token + piece or token.startswith("bytes:"):
+            continue
+        same = token == f"token_id:{own}" if token.startswith("token_id:") else _bare(token) == _bare(piece)
+        if not same:
+            return f"{token[:40]!r} for {piece[:40]!r} at place {place}"
+    return None
+
+
+def _bare(token: str) -> str:
+    return token.replace("\u2581", " ").strip()
 
 
 def _echoed(choice: Any) -> list[tuple[float | None, bool | None]]:

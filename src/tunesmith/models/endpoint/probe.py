@@ -7,16 +7,17 @@ the effect is looked for: drawing from one token only must give the same text wh
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tunesmith.conversations import Conversation, Message, Text
+from tunesmith.conversations import Conversation, Encoded, Message, Text
 from tunesmith.errors import DataError
 from tunesmith.models.endpoint.answers import EXTRAS, PENALTIES, Answer, Habits, Scoring, StopHabit, field
 from tunesmith.models.endpoint.flight import Call
 from tunesmith.models.endpoint.likelihoods import Likelihood, encoded
-from tunesmith.models.endpoint.refusals import Contact, Refusal, refusal
+from tunesmith.models.endpoint.refusals import Contact, Refusal, nobody_there, refusal
 from tunesmith.models.engine import GenerationSettings, Prompt
 from tunesmith.record import Finding
 
@@ -71,6 +72,7 @@ class Probe:
         await self._stop_habit()
         await self._effects()
         await self._scoring()
+        await self._mixing()
         return Probed(self._habits, tuple(self._findings))
 
     def _say(self, finding: Finding) -> None:
@@ -86,7 +88,8 @@ class Probe:
             if not await self._tells_apart(self._models):
                 self._say(Finding(code="endpoint_models_unlisted", severity="warning"))
             return
-        lacking = [name for name in self._models if name not in listed.ids]
+        await self._children(listed)
+        lacking = [name for name in self._models if name not in listed.ids and name not in listed.children.values()]
         # Transformers' server lists the hub's cache, not the directory that it was started with.
         if lacking and not await self._tells_apart(lacking):
             raise DataError(
@@ -94,6 +97,21 @@ class Probe:
                 where=self._contact.where,
                 expected=", ".join(lacking),
                 found=self._contact.shown(", ".join(listed.ids)) or "no model",
+            )
+
+    async def _children(self, listed: _Listing) -> None:
+        """Refuse an adapter's bare name where a server that answers to any name wants ``base:adapter``, as SGLang does.
+
+        By the bare name it answers as the base, and the base would be compared with itself.
+        """
+        bare = [name for name in self._models if name in listed.children]
+        if bare and len(set(self._models)) > 1 and not await self._tells_apart(bare):
+            raise DataError(
+                "The server answers to any name, so an adapter must be named with its base.",
+                where=self._contact.where,
+                expected=", ".join(listed.children[name] for name in bare),
+                found=self._contact.shown(", ".join(bare)),
+                next_step=f"pass --model {bare[0]}={listed.children[bare[0]]}",
             )
 
     async def _tells_apart(self, names: Sequence[str]) -> bool:
@@ -210,19 +228,56 @@ class Probe:
             self._tokenizer, Conversation(id="probe", messages=turns) if talk else Text(id="probe", text=_SCORED)
         )
         text = self._tokenizer.decode(row.input_ids, skip_special_tokens=False)
+        self._row, self._text = row, text
         forms: tuple[Scoring, ...] = ("echo", "prompt_logprobs", "echo text")
-        asked = {
-            form: Likelihood(self._contact, self._models[0], row=row, text=text, scoring=form)
-            for form in forms
-            if self._habits.plain
-        }
-        await self._all(asked.values())
-        working = [form for form, call in asked.items() if call.done]
-        if working:
-            self._habits = replace(self._habits, scoring=working[0])
-            self._say(Finding(code="endpoint_no_kl", severity="info"))
-        else:
-            self._say(Finding(code="endpoint_no_scores", severity="warning"))
+        for form in forms if self._habits.plain else ():
+            # One after another: a server that lacks a form may do more at once than it can bear.
+            if (await self._likelihoods([self._models[0]], form, pieces=self._pieces(row)))[0].done:
+                self._habits = replace(self._habits, scoring=form)
+                self._say(Finding(code="endpoint_no_kl", severity="info"))
+                return
+        self._say(Finding(code="endpoint_no_scores", severity="warning"))
+
+    def _pieces(self, row: Encoded) -> list[str]:
+        """The text of every token, to hold a server's tokens against them."""
+        return [self._tokenizer.decode([token], skip_special_tokens=False) for token in row.input_ids]
+
+    async def _likelihoods(
+        self, models: Sequence[str], form: Scoring, *, pieces: Sequence[str] | None = None
+    ) -> list[Likelihood]:
+        """The likelihood of one row, from every model at once."""
+        calls = [
+            Likelihood(self._contact, model, row=self._row, text=self._text, scoring=form, pieces=pieces)
+            for model in models
+        ]
+        await self._all(calls)
+        return calls
+
+    async def _mixing(self) -> None:
+        """Whether models that are asked at once answer as each does alone.
+
+        On CPUs vLLM gives the base, beside adapters, the last adapter's update (vllm-project/vllm, pull requests 48421
+        and 49656): every figure of the base is then another model's, and nothing says so.
+        """
+        models = list(dict.fromkeys(self._models))
+        if len(models) < 2 or self._alone:
+            return
+        alone = {model: (await self._told([model]))[0] for model in models}
+        # Servers begin the first of several at once, alone; so that each is among others, each comes twice.
+        order = [*models[1:], *models, models[0]]
+        beside = zip(order, await self._told(order), strict=True)
+        if any(_is_another(said, alone[model], [alone[o] for o in models if o != model]) for model, said in beside):
+            self._habits = replace(self._habits, apart=True)
+            self._say(Finding(code="endpoint_mixes_models", severity="warning"))
+
+    async def _told(self, models: Sequence[str]) -> list[tuple[float, ...] | str | None]:
+        """What models say to the same question, asked at once: likelihoods, or greedy text where there are none."""
+        if self._habits.scoring is not None:
+            calls = await self._likelihoods(models, self._habits.scoring)
+            return [call.score("").log_probs if call.done else None for call in calls]
+        answers = [self._answer(model=model) for model in models]
+        await self._all(answers)
+        return [answer.text if answer.refused is None else None for answer in answers]
 
     def _answer(
         self,
@@ -273,34 +328,70 @@ class Probe:
         return {"found": refused.error.found or refused.error.what}
 
 
+def _is_another(
+    beside: tuple[float, ...] | str | None,
+    alone: tuple[float, ...] | str | None,
+    others: Sequence[tuple[float, ...] | str | None],
+) -> bool:
+    """Whether what a model says beside others is what another one says alone, and not what it says itself."""
+    if beside is None or alone is None:
+        return False
+    return any(other is not None and _distance(beside, other) < _distance(beside, alone) for other in others)
+
+
+def _distance(one: tuple[float, ...] | str, other: tuple[float, ...] | str) -> float:
+    if isinstance(one, str) or isinstance(other, str):
+        return float(one != other)
+    return math.fsum(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
 class _Listing(Call):
     """The models that a server lists.
 
     Attributes:
         ids: their ids.
+        children: of models that are listed below another one, as adapters are: how they are named with it.
         absent: whether the server has no list at all.
     """
 
     def __init__(self, contact: Contact, model: str) -> None:
         super().__init__(contact, model)
         self.ids: tuple[str, ...] = ()
+        self.children: dict[str, str] = {}
         self.absent = False
 
     async def ask(self, client: Any) -> None:
         """Ask for the list; nobody at the address is said at once, without asking again."""
         import openai
 
+        failed: openai.APIStatusError | None = None
         try:
             try:
                 page = await client.with_options(max_retries=0).models.list()
-            except (openai.RateLimitError, openai.InternalServerError):
+            except (openai.RateLimitError, openai.InternalServerError) as error:
+                failed = error
+                page = await client.models.list()
+                failed = None
+            except openai.APIConnectionError as error:
+                if nobody_there(error):
+                    raise
                 page = await client.models.list()
         except openai.APIStatusError as error:
-            # Transformers' server fails here where the hub's cache is empty, and answers all the same.
-            self.absent = error.status_code in (404, 405, 500, 501)
-            self.refuse(refusal(error, self.contact, model=self.model))
+            failed = error
+        except openai.APIConnectionError:
+            if failed is None:
+                raise
+            # It answered before: a server that fails hangs up now and then, just when it is asked again.
+        if failed is not None:
+            # Transformers' server fails here where there is no hub's cache, and answers all the same.
+            self.absent = failed.status_code in (404, 405, 500, 501)
+            self.refuse(refusal(failed, self.contact, model=self.model))
             return
         models = field(page, "data")
         if not isinstance(models, list):
             raise ValueError("no list of models")
         self.ids = tuple(name for model in models if isinstance(name := field(model, "id"), str))
+        for model in models:
+            name, parent = field(model, "id"), field(model, "parent")
+            if isinstance(name, str) and isinstance(parent, str) and parent in self.ids:
+                self.children[name] = f"{parent}:{name}"

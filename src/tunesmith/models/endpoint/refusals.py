@@ -119,6 +119,16 @@ def refusal(error: Exception, contact: Contact, *, model: str, sent: Iterable[st
     )
 
 
+def nobody_there(error: BaseException) -> bool:
+    """Whether no connection came about, rather than one that broke."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (*_transport("ConnectError"), *_transport("ConnectTimeout"))):
+            return True
+        cause = cause.__cause__
+    return False
+
+
 def unreachable(error: Exception, contact: Contact) -> Refusal:
     """Nobody answers at the address, or the connection broke before an answer began."""
     cause: BaseException = error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -246,7 +245,7 @@ def _loaded_config(folder: Path, document: Mapping[str, Any] | None = None) -> d
 
     with tempfile.TemporaryDirectory() as place:
         try:
-            shutil.copy(folder / CONFIG_FILE, place)
+            (Path(place) / CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
             if document is not None:
                 (Path(place) / CONFIG_FILE).write_text(json.dumps(document), encoding="utf-8")
             loaded = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.checkpoint import read_json_object
+from tunesmith.checkpoint import read_json_object, stored_path
 from tunesmith.errors import CheckpointError
 from tunesmith.record import Finding, Severity, Value
 
@@ -164,7 +164,9 @@ def loaded_tokenizer(folder: Path) -> Tokenizer:
     """
     from tokenizers import AddedToken, Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / _FAST))
+    file = folder / _FAST
+    far = stored_path(file) is not None
+    tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8")) if far else Tokenizer.from_file(str(file))
     # Left behind by whatever was encoded last; loaders set their own.
     tokenizer.no_truncation()
     tokenizer.no_padding()

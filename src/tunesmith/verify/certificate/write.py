@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tunesmith.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.checkpoint import Checkpoint, hash_files
+from tunesmith.checkpoint import Checkpoint, hash_files, stored_path
 from tunesmith.errors import CheckpointError
 from tunesmith.progress import Cancellation
 from tunesmith.record import Finding, Value
@@ -105,6 +105,8 @@ def write_certificate(
     Raises:
         Cancelled: stopped on request; what was there is as it was.
     """
+    if any(stored_path(place) for place in (directory, origin.base_dir, *(one[2] for one in origin.adapters))):
+        return not_written("What lies in a storage is not read again to be hashed.")
     target = directory / CERTIFICATE_FILE
     try:
         certificate = _certificate(

@@ -34,6 +34,8 @@ _CAUSE_OF = {
     "quantized_unstated": "cause_quantized_unstated",
     "quantized_left_plain": "cause_quantized_left_plain",
     "quantized_other_checkpoint": "cause_other_checkpoint",
+    "quantized_viewed_start": "cause_base_dequantized",
+    "quantized_stored_start": "cause_base_not_dequantized",
     "experts_transposed": "cause_experts_layout",
     "experts_apart": "cause_experts_layout",
     "vocabulary_padded": "cause_vocabulary_padded",

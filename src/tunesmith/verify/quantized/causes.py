@@ -22,6 +22,8 @@ _FITS = 0.4  # a hypothesis is taken where it leaves a relative error below this
 _CLEARLY = 4.0  # standard errors by which one checkpoint must fit better than another
 _CONSISTENT, _ALLOWANCE = 3.0, 0.05  # and how near to the other's own place it must be
 _SAME_FACTOR = 0.15
+_STARTED = 0.75  # of the way to another start; measured: 0.1 at most where the start is ours, 0.9 at least where not
+_START_ERROR = 0.05  # the standard error that this may have
 
 
 def diagnose_codes(
@@ -86,6 +88,49 @@ def other_checkpoint(
         if lead > best:
             best, found = lead, name
     return found
+
+
+def other_start(tensors: Sequence[QuantizedTensor], model: Dequantized, expectation: Expectation) -> Finding | None:
+    """Whether the codes began with the base as it is stored, or as 4-bit training saw it, and not as was asked about.
+
+    At 4 bits an ``nf4`` view is within the codes' own noise of the stored base, number by number; over many numbers
+    ⟨e, D⟩/‖D‖², with D the difference between the two, is near 0 where the start is ours and near 1 where it is the
+    other.  A view of 8 bits is nearer than that can tell, and the same where the codes have 8 bits themselves.
+
+    Args:
+        tensors: every quantized tensor's record.
+        model: the quantized model.
+        expectation: what it would hold in full.
+    """
+    asked = tensors[:: max(1, len(tensors) // _HELD_TENSORS)][:_HELD_TENSORS]
+    views: list[BaseView | None] = [BaseView(kind) for kind in VIEW_KINDS if kind != "int8"]
+    best, found = _STARTED, None
+    for view in [None] if expectation.view is not None else views:
+        other = Expectation(expectation.base, expectation.stack, expectation.binding, view=view)
+        try:
+            share = _share([tensor.name for tensor in asked], model, expectation, other)
+        except TunesmithError:  # a kind of model that such training does not take
+            return None
+        if share > best:
+            code = "quantized_stored_start" if view is None else "quantized_viewed_start"
+            params: dict[str, Value] = {"count": len(tensors)} | ({} if view is None else {"view": view.kind})
+            best, found = share, Finding(code=code, severity="error", params=params)
+    return found
+
+
+def _share(names: Sequence[str], model: Dequantized, ours: Expectation, theirs: Expectation) -> float:
+    """How much of the way from one start to the other the codes lie; 0 where that cannot be told."""
+    ed = dd = eedd = 0.0
+    for name in names:
+        expected, alternative, layer = ours.tensor(name), theirs.tensor(name), model.layers[name]
+        rows = min(expected.rows, max(1, _HELD_ELEMENTS // max(1, expected.columns)))
+        for start, stop in expected.tiles(0, rows):
+            tile, other = expected.tile(start, stop), alternative.tile(start, stop)
+            error, apart = layer.float64(start, stop) - tile.start - tile.delta, other.start - tile.start
+            ed += _dot(error, apart)
+            dd += _dot(apart, apart)
+            eedd += _dot(error * error, apart * apart)
+    return ed / dd if dd and eedd**0.5 / dd <= _START_ERROR else 0.0
 
 
 def _lead(

@@ -8,13 +8,14 @@ from functools import partial
 
 from threadpoolctl import threadpool_limits
 
+from tunesmith.executors import workers_of
 from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress
 from tunesmith.verify.quantized.tally import CodeTally, tally_codes
 from tunesmith.verify.records import QuantizedTensor
 from tunesmith.verify.structure import Dequantized
 from tunesmith.verify.weights import Expectation
 from tunesmith.verify.weights.check import parts_of
-from tunesmith.verify.weights.parts import Part, in_order, own_or_given, settle_in
+from tunesmith.verify.weights.parts import Part, in_order, settle_in
 
 
 def check_codes(
@@ -45,8 +46,8 @@ def check_codes(
     report = SharedProgress("verify codes", total, "elements", progress=progress, cancellation=cancellation)
     tallies = {name: CodeTally() for name in names}
     job = partial(tally_part, model, expectation)
-    with threadpool_limits(1), own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
-        for part, tally in zip(parts, in_order(pool, job, parts, report, own=own), strict=True):
+    with threadpool_limits(1), workers_of(executor) as workers:  # threads of BLAS would fight ours
+        for part, tally in zip(parts, in_order(workers, job, parts, report), strict=True):
             tallies[part.name].add(tally)
     return tuple(
         tallies[name].verdict(name, expectation.tensor(name).module, model.layers[name].scheme) for name in names

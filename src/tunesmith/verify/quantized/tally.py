@@ -3,7 +3,8 @@
 For a code c, its scale s and the exact number x, in steps of the code's grid, with u = x/s:
 
 - *nearest*: |c − u| ≤ ½;
-- *twice-rounded*: within half a step and what rounding x, s or their quotient to bf16 first can move it by;
+- *twice-rounded*: within half a step and what rounding x to bf16 first, as any merge does, and then the quotient can
+  move it by;
 - *saturated*: c is the lowest or the highest code and u lies beyond it;
 - *neighbour*: |c − u| < 1, as where a rounding error is passed on to the columns that follow;
 - *further*: none of these, which passing errors on makes too, where they add up.
@@ -34,8 +35,11 @@ from tunesmith.verify.records import QuantizedTensor
 
 # What a group's gain can be: twice or half the scale is outside, and what passing errors on does to it is inside.
 _GAINS = (0.56, 1.6)
+# And how much of its errors' energy that gain must make up: errors passed on from other columns may be as large as the
+# numbers of a small group, but do not point along them (measured: up to 0.44, and from 0.7 where the scale is wrong).
+_ALONG = 0.55
 _CLIPPED = 0.25  # the share of a group's energy that saturation may take
-_BF16_STEPS = 2.0**-7  # two roundings to bf16, relative
+_BF16_STEPS = 3 * 2.0**-8  # bf16's roundings of x, to a neighbour at most, and of the quotient; relative
 _BORDER = 0.05  # how near to a border is at it, in steps
 _SMALLEST_EXPONENT = -6  # of E4M3
 _MANTISSA = 3
@@ -187,11 +191,13 @@ def _at_border(scheme: QuantizedScheme, u: Float64) -> Float64:
 def _judge_groups(tally: CodeTally, scheme: QuantizedScheme, error: Float64, x: Float64, lost: Float64) -> None:
     """Whether each group's errors know of its numbers, and how much saturation took of it."""
     product = error * x
-    xx, ex, eexx, clipped = (_by_group(scheme, one) for one in (x * x, product, product * product, lost * lost))
+    xx, ee, ex = (_by_group(scheme, one) for one in (x * x, error * error, product))
+    eexx, clipped = (_by_group(scheme, one) for one in (product * product, lost * lost))
     tally.clipped = float(clipped.sum())
     some, measured = xx > 0, eexx > 0
     gain = 1 + ex[some] / xx[some]
-    bad = (gain < _GAINS[0]) | (gain > _GAINS[1]) | (clipped[some] > _CLIPPED * xx[some])
+    along = ex[some] ** 2 > _ALONG * ee[some] * xx[some]
+    bad = along & ((gain < _GAINS[0]) | (gain > _GAINS[1])) | (clipped[some] > _CLIPPED * xx[some])
     tally.bad_groups = int(np.count_nonzero(bad))
     tally.measured_groups = int(np.count_nonzero(measured))
     tally.squared_z = float((ex[measured] ** 2 / eexx[measured]).sum())

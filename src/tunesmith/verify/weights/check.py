@@ -29,11 +29,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, TensorInfo, as_float64
+from tunesmith.executors import workers_of
 from tunesmith.progress import Cancellation, ProgressCallback, SharedProgress
 from tunesmith.verify.records import TensorVerdict
 from tunesmith.verify.weights.expected import Expectation, Expected, Interval, Matrix, early_rounding
 from tunesmith.verify.weights.kernel import available, tally_bf16
-from tunesmith.verify.weights.parts import Part, in_order, own_or_given, settle_in
+from tunesmith.verify.weights.parts import Part, in_order, settle_in
 from tunesmith.verify.weights.rounding import is_nearest, with_neighbours
 
 FEW_ELEMENTS = 64
@@ -120,9 +121,9 @@ def check_weights(
     report = SharedProgress("verify weights", total, "elements", progress=progress, cancellation=cancellation)
     parts = [replace(part, compiled=True) for part in parts] if _pays_to_compile(parts, expectation) else parts
     tallies = {name: Tally() for name in names}
-    with threadpool_limits(1), own_or_given(executor) as (pool, own):  # threads of BLAS would fight ours
+    with threadpool_limits(1), workers_of(executor) as workers:  # threads of BLAS would fight ours
         job = partial(tally_part, merged, expectation)
-        for part, tally in zip(parts, in_order(pool, job, parts, report, own=own), strict=True):
+        for part, tally in zip(parts, in_order(workers, job, parts, report), strict=True):
             tallies[part.name].add(tally)
     return tuple(tallies[name].verdict(name, expectation.tensor(name).module) for name in names)
 

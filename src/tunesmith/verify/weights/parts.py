@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -16,9 +14,13 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from tunesmith.allocator import keep_freed_memory
+from tunesmith.errors import TunesmithError
+from tunesmith.executors import Workers
 from tunesmith.progress import SharedProgress
 
 T = TypeVar("T")
+
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,46 +42,40 @@ class Part:
     compiled: bool = False
 
 
-@contextmanager
-def own_or_given(executor: Executor | None) -> Iterator[tuple[Executor, bool]]:
-    """The caller's executor, or threads of ours, one a core; and whether it is ours."""
-    if executor is not None:
-        yield executor, False
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool, True
-
-
-def in_order(
-    pool: Executor, job: Callable[..., T], parts: Sequence[Part], report: SharedProgress, *, own: bool
-) -> Iterator[T]:
+def in_order(workers: Workers, job: Callable[..., T], parts: Sequence[Part], report: SharedProgress) -> Iterator[T]:
     """The parts' results in the parts' order, so that their sums are always the same; a bounded number at once.
 
     Args:
-        pool: what does the work.
+        workers: what does the work.
         job: called with a part, and in threads of ours with what is to be told of elements done; picklable.
         parts: what there is to do.
         report: told of elements done.
-        own: whether the pool is one of threads of ours.
+
+    Raises:
+        TunesmithError: a worker died.
     """
     running: deque[tuple[Part, Future[T]]] = deque()
-    todo, most = iter(parts), 4 * (os.cpu_count() or 1)
+    pool, own, todo = workers.pool, workers.own, iter(parts)
     try:
         while True:
-            for part in islice(todo, most - len(running)):
+            for part in islice(todo, max(0, 4 * workers.slots - len(running))):
                 told = (report.advance,) if own else ()
                 running.append((part, pool.submit(job, part, *told)))
             if not running:
                 return
             part, future = running.popleft()
+            while not wait([future], timeout=_LOOK_EVERY_S).done:
+                report.advance(0, part.name)
             result = future.result()
             if not own:
                 report.advance(part.elements, part.name)
             yield result
-    except BaseException:
+    except BaseException as error:
         report.failed.cancel()
         for _, future in running:
             future.cancel()
+        if isinstance(error, BrokenExecutor):
+            raise TunesmithError("A worker of the executor died.", found=error) from error
         raise
 
 

@@ -1,0 +1,201 @@
+"""A merge into a storage: a shard is one unit, and what is done of it lies beside the shards until all is done.
+
+Nothing can be moved into place there.  A model without ``config.json`` is none to any loader, so that comes last; what
+an error leaves is removed, unless the storage itself failed: then whole shards stay, and the same merge goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from tunesmith.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    StoragePath,
+    check_target,
+    failed_by_storage,
+    journal_of,
+    marker_of,
+    put,
+    read_json_object,
+    remove,
+    stamp_of,
+    storage_path,
+)
+from tunesmith.errors import CheckpointError, OutputError, TunesmithError
+from tunesmith.merge.journal import FileLedger, Journal
+from tunesmith.merge.records import MergePlan
+from tunesmith.merge.tiles import TileSums
+from tunesmith.merge.work import UnitReceipt
+
+
+class StorageStage:
+    """The target of a merge in a storage, while it is filled.
+
+    Attributes:
+        new: the target.
+        root: where what is done is written down.
+        keep: whether all stays where an error ends the work.
+        shards: the names of the files of weights.
+        small: the names of the others, the last one last.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        target = storage_path(plan.out)
+        assert isinstance(target, StoragePath), "asked for by the caller"  # noqa: S101
+        self.new: StoragePath = target
+        self.root = journal_of(target)
+        self.keep = False
+        self.shards = tuple(shard.filename for shard in plan.shards)
+        self.small = (*(asset.filename for asset in plan.assets), INDEX_FILE, CONFIG_FILE)
+
+    def keep_only(self, names: set[str]) -> None:
+        """Remove what an earlier, other merge left."""
+        for name in set(own_objects(self.new)) - names:
+            remove(self.new / name)
+            remove(_receipt_of(self.new, name))
+
+    def publish(self) -> None:
+        """Remove what was written down meanwhile: the model is whole."""
+        with suppress(TunesmithError):  # it is in place; to report a failure now would be a lie
+            self._forget()
+
+    def clear(self) -> None:
+        """Remove all that this merge wrote."""
+        for name in (*self.small[::-1], *self.shards):
+            remove(self.new / name)
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in self.shards:
+            remove(_receipt_of(self.new, name))
+        remove(marker_of(self.new))  # type: ignore[arg-type]
+
+
+def own_objects(target: StoragePath) -> tuple[str, ...]:
+    """The names of what an unfinished merge of ours may have left at a target."""
+    try:
+        names = read_json_object(marker_of(target)).get("files")
+    except CheckpointError:
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+@contextmanager
+def storage_stage(plan: MergePlan) -> Iterator[StorageStage]:
+    """A target in a storage, to be filled and published.
+
+    Yields:
+        The stage.
+
+    Raises:
+        OutputError: there are objects that are not ours; or the storage failed, and what was done stays.
+    """
+    stage = StorageStage(plan)
+    check_target(stage.new, force=plan.force, own=own_objects(stage.new))
+    try:
+        yield stage
+    except BaseException as error:
+        if isinstance(error, TunesmithError) and failed_by_storage(error):
+            raise OutputError(
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                found=error.found,
+                details=error.details,
+                next_step=f"mend that and repeat the same command: it goes on from the whole shards in {stage.new}",
+            ) from error
+        if not stage.keep:
+            with suppress(TunesmithError):
+                stage.clear()
+        raise
+
+
+class StorageJournal(Journal):
+    """What of a merge into a storage is done: an object for every shard."""
+
+    def __init__(self, stage: StorageStage, fingerprint: str) -> None:
+        self.stage, self.fingerprint = stage, fingerprint
+        self.entries: dict[tuple[str, int], dict[str, Any]] = {}
+        marker = _object(marker_of(stage.new))
+        self.same = marker.get("fingerprint") == fingerprint
+        if self.same:
+            found = {name: _object(_receipt_of(stage.new, name)) for name in stage.shards}
+            self.entries = {(name, 0): entry for name, entry in found.items() if entry}
+
+    def begin(self, kept: Sequence[dict[str, Any]]) -> None:
+        """Say what will be there; receipts of what is no longer so go."""
+        for name in set(self.stage.shards) - {str(entry.get("file")) for entry in kept}:
+            remove(_receipt_of(self.stage.new, name))
+        names = [*self.stage.shards, *self.stage.small]
+        self._put(marker_of(self.stage.new), {"fingerprint": self.fingerprint, "files": names})
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write down one shard."""
+        self._put(_receipt_of(self.stage.new, str(line["file"])), line)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _put(self, path: object, document: dict[str, Any]) -> None:
+        assert isinstance(path, StoragePath), "below the target"  # noqa: S101
+        put(path, json.dumps(document).encode())
+
+
+@dataclass
+class StorageLedger(FileLedger):
+    """One shard in a storage, which is one unit.
+
+    Attributes:
+        sha256: its hash, once it is written.
+    """
+
+    sha256: str | None = None
+
+    def holds(self, number: int, entry: dict[str, Any]) -> bool:
+        """Believe an earlier merge where the storage's tag of the object is still the one that it had then."""
+        if entry.get("end") != self.units[number].end or entry.get("stamp") != stamp_of(self.path):
+            return False
+        self.sha256 = entry.get("sha256")
+        self.done[number] = {name: TileSums(*values) for name, values in entry["sums"].items()}
+        return True
+
+    def prepare(self) -> None:
+        """An object is made by its upload."""
+
+    def written(self, number: int, receipt: UnitReceipt, journal: Journal) -> None:
+        """Take note of the shard."""
+        self.done[number], self.sha256 = receipt.sums, receipt.sha256
+        journal.add(
+            {
+                "file": self.path.name,
+                "begin": 0,
+                "end": self.units[number].end,
+                "checksum": receipt.checksum,
+                "sha256": receipt.sha256,
+                "stamp": stamp_of(self.path),
+                "sums": {name: astuple(kept) for name, kept in receipt.sums.items()},
+            }
+        )
+
+    def flush(self) -> None:
+        """What is uploaded is stored."""
+
+
+def _receipt_of(target: StoragePath, name: str) -> StoragePath:
+    path = journal_of(target) / f"{name}.json"
+    assert isinstance(path, StoragePath), "below the target"  # noqa: S101
+    return path
+
+
+def _object(path: object) -> dict[str, Any]:
+    try:
+        return read_json_object(path)  # type: ignore[arg-type]
+    except CheckpointError as error:
+        if failed_by_storage(error):
+            raise
+        return {}

@@ -1,0 +1,1 @@
+"""Tests of where units of work run."""
