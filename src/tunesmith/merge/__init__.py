@@ -15,13 +15,12 @@ from tunesmith.merge.records import (
     ShardPlan,
     TensorFidelity,
 )
-from tunesmith.merge.rounders import CALIBRATED, ROUNDINGS, directions, hessian_of_inputs, recorded_inputs
+from tunesmith.merge.rounders import CALIBRATED, ROUNDINGS, hessian_of_inputs, recorded_inputs
 from tunesmith.merge.rounding import (
     Codes,
     Float8Codes,
     Hessian,
     IntegerCodes,
-    LowRankHessian,
     ScaledGrid,
     round_once,
     round_to_grid,
@@ -44,7 +43,6 @@ __all__ = [
     "Ingredient",
     "IntegerCodes",
     "Kept",
-    "LowRankHessian",
     "MergePlan",
     "Merged",
     "OutputFile",
@@ -59,7 +57,6 @@ __all__ = [
     "config_of",
     "config_text",
     "cut",
-    "directions",
     "forecast",
     "hessian_of_inputs",
     "index_of",

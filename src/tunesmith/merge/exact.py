@@ -315,11 +315,6 @@ class ExactRows:
         factors = [self._stack.factors(update)[0] for update in updates]
         return np.ascontiguousarray(np.concatenate(factors)) if factors else None
 
-    @property
-    def beside(self) -> Float64 | None:
-        """The factors A of the modules that are given the same input, stacked; None where there are none."""
-        return self._stacked(self.task.beside)
-
     def __enter__(self) -> ExactRows:
         self._begun.__enter__()
         if self.task.whole:

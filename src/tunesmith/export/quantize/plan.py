@@ -134,7 +134,7 @@ def plan_quantization(
         write_bytes=write_bytes,
         free_bytes=check_free_space(target, write_bytes),
         memory_bytes=_memory(layout, chosen_rounding),
-        seconds=_STARTING_S + elements * _seconds_each(form, chosen_rounding, rows) + write_bytes / 1.5e9,
+        seconds=_STARTING_S + elements * _seconds_each(chosen_rounding, rows) + write_bytes / 1.5e9,
         force=force,
         warnings=tuple(warnings),
     )
@@ -143,11 +143,11 @@ def plan_quantization(
 _STARTING_S = 4.0  # the imports, and the headers
 
 
-def _seconds_each(scheme: QuantizedScheme, rounding: str, rows: str | None) -> float:
+def _seconds_each(rounding: str, rows: str | None) -> float:
     """What a number takes on two cores, in seconds: measured by benchmarks/quantize_drift.py."""
     if rounding == CALIBRATED:
         return 1.5e-6 if rows is None else 6.5e-7  # its text is written first
-    return 1.3e-7 if rounding == "faithful" and scheme.bits >= FINE_BITS else 5e-8
+    return 5e-8
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ class TensorRounded(Part):
     Attributes:
         name: the tensor's name before it was quantized.
         elements: how many numbers it holds.
-        rounding: how it was rounded: ``nearest``, ``scaled`` (scales searched, codes to nearest), ``faithful`` or
-            ``calibrated``.
+        rounding: how it was rounded: ``nearest``, ``faithful`` or ``calibrated``.
         norm: ‖W'‖ (Frobenius).
         relative_error: ‖Ŵ − W'‖ / ‖W'‖.
         gain: ⟨Ŵ − W, Δ⟩ / ⟨Δ, Δ⟩ with Δ = W' − W; 1 is a whole update.  None where nothing is added.

@@ -1,10 +1,10 @@
 """Which rounding a quantized tensor gets, and what decides it: the weights of columns for its scales, and the Hessian.
 
 - ``nearest``: the largest absolute value decides a scale, codes are to nearest.
-- ``faithful``: without data.  At 8 bits scales are searched for, and where a low-rank update acts, codes feed back
-  within its row space, H = 1 + 10·(I/M)·U·Uᵀ, as a merge's faithful rounding does.  At 4 bits the steps are so much
-  larger than an update that neither helps, and a search that clips outer numbers harms; what helps is scales of either
-  sign, which reach further: :func:`tunesmith.export.quantize.scales.scales_of`.
+- ``faithful``: without data.  At 4 bits scales of either sign, which reach further:
+  :func:`tunesmith.export.quantize.scales.scales_of`.  At 8 bits what ``nearest`` does, for nothing without data is
+  nearer: feedback within the update's row space, as a merge's faithful rounding has it, and a search for scales that
+  clips outer numbers both do harm (benchmarks/quantize_drift.py: KL 0.0020 against 0.0018).
 - ``calibrated``: of the layers whose inputs X were recorded, scales are searched for by the weights that X gives the
   columns, codes feed back by H = XᵀX/N + (m/100)·1, m being the mean of its diagonal (https://arxiv.org/abs/2210.17323),
   and take any code, not only the two that bracket the exact value.
@@ -22,8 +22,6 @@ from tunesmith.checkpoint import Float64, QuantizedScheme
 from tunesmith.merge import (
     ExactRows,
     Hessian,
-    LowRankHessian,
-    directions,
     hessian_of_inputs,
     recorded_inputs,
     row_space,
@@ -40,7 +38,7 @@ class Rule:
     """How one tensor is rounded.
 
     Attributes:
-        name: ``nearest``, ``scaled``, ``faithful`` or ``calibrated``.
+        name: ``nearest``, ``faithful`` or ``calibrated``.
         weights_I: what scales are searched by; None for not at all.
         signed: whether scales may be negative.
         hessian: what codes feed back by; None for codes to nearest.
@@ -70,20 +68,13 @@ def rule_of(
     """
     columns, a_RI = rows.shape[1], rows.a_RI
     basis_IM = None if a_RI is None else row_space(a_RI)
-    if rounding == "nearest":
-        return Rule("nearest", basis_IM=basis_IM)
     inputs_NI = recorded_inputs(inputs, module) if rounding == CALIBRATED and inputs is not None else None
-    beside_RI = [] if rows.beside is None else [rows.beside]
     coarse = scheme.bits < FINE_BITS and not scheme.is_float
     if inputs_NI is not None and inputs_NI.shape[1] == columns:
         squares_I = np.einsum("ni,ni->i", inputs_NI, inputs_NI) / len(inputs_NI)
         weights_I = squares_I + DAMPING * max(float(squares_I.mean()), np.finfo(np.float64).tiny)
         hessian = hessian_of_inputs(inputs_NI, np.ones(columns), damping=DAMPING)
         return Rule("calibrated", weights_I, coarse, hessian, basis_IM, clamp=False)
-    if coarse:
+    if coarse and rounding != "nearest":
         return Rule("faithful", signed=True, basis_IM=basis_IM)
-    if a_RI is None:
-        return Rule("scaled", np.ones(columns))
-    basis_IM, u_IM = directions(a_RI, beside_RI)
-    weights_I = 1 + np.einsum("im,im->i", u_IM, u_IM)
-    return Rule("faithful", weights_I, hessian=LowRankHessian(u_IM), basis_IM=basis_IM)
+    return Rule("nearest", basis_IM=basis_IM)
