@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.web.conftest import Page
+from tunesmith.executors import processes
 from tunesmith.web import workers
 
 
@@ -65,8 +66,8 @@ def test_jobs_use_them(page: Page, kind: str, monkeypatch: pytest.MonkeyPatch) -
     page.done("merge", run="run", base="base", out=f"{kind}-here")
     monkeypatch.setattr(workers, "_WORTH_BYTES", 0)
     started: list[object] = []
-    pool = workers.ProcessPoolExecutor
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a, **k: started.append(k) or pool(*a, **k))
+    pool = processes.ProcessPoolExecutor
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda *a, **k: started.append(k) or pool(*a, **k))
     if kind == "merge":
         page.done("merge", run="run", base="base", out=f"{kind}-there")
         one, other = (page.root / f"{kind}-{name}" / "model.safetensors" for name in ("here", "there"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from functools import partial
 from typing import Any
 
 from tunesmith.checkpoint.storage import StoragePath, WrongBytesError, asked, filesystem
@@ -112,7 +113,7 @@ def read_into(path: StoragePath, view: memoryview, offset: int) -> None:
     for start in range(0, len(view), _REQUEST_BYTES):  # for none, nothing is asked
         part = view[start : start + _REQUEST_BYTES]
         try:
-            part[:] = asked(path, lambda part=part, start=start: _range(path, offset + start, len(part)))  # type: ignore[misc]
+            part[:] = asked(path, partial(_range, path, offset + start, len(part)))
         except FileNotFoundError as error:
             raise CheckpointError("The file cannot be read.", where=path, found="not there") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -123,12 +122,12 @@ def remove(path: StoragePath) -> None:
         raise _as_output(error) from (error.__cause__ or error)
 
 
-def journal_of(target: Path) -> Path:
+def journal_of(target: StoragePath) -> StoragePath:
     """Where a target in a storage keeps what is done of it while it is made."""
     return target / _JOURNAL
 
 
-def marker_of(target: Path) -> Path:
+def marker_of(target: StoragePath) -> StoragePath:
     """The object that says that a target is being made, and of which files."""
     return journal_of(target) / _MARKER
 

@@ -99,11 +99,13 @@ class FileLedger:
         path: the file, in the stage.
         units: its units, in the order of their bytes.
         done: what rounding kept in each that is, by its number.
+        sha256: its hash, where its writer made it.
     """
 
     path: Path
     units: list[Unit]
     done: dict[int, Sums] = field(default_factory=dict)
+    sha256: str | None = None
 
     @property
     def sums(self) -> Sums:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import Any
 
 from tunesmith.checkpoint import (
@@ -73,7 +73,7 @@ class StorageStage:
     def _forget(self) -> None:
         for name in self.shards:
             remove(_receipt_of(self.new, name))
-        remove(marker_of(self.new))  # type: ignore[arg-type]
+        remove(marker_of(self.new))
 
 
 def own_objects(target: StoragePath) -> tuple[str, ...]:
@@ -141,20 +141,12 @@ class StorageJournal(Journal):
     def close(self) -> None:
         """Nothing is open."""
 
-    def _put(self, path: object, document: dict[str, Any]) -> None:
-        assert isinstance(path, StoragePath), "below the target"  # noqa: S101
+    def _put(self, path: StoragePath, document: dict[str, Any]) -> None:
         put(path, json.dumps(document).encode())
 
 
-@dataclass
 class StorageLedger(FileLedger):
-    """One shard in a storage, which is one unit.
-
-    Attributes:
-        sha256: its hash, once it is written.
-    """
-
-    sha256: str | None = None
+    """One shard in a storage, which is one unit."""
 
     def holds(self, number: int, entry: dict[str, Any]) -> bool:
         """Believe an earlier merge where the storage's tag of the object is still the one that it had then."""
@@ -187,14 +179,12 @@ class StorageLedger(FileLedger):
 
 
 def _receipt_of(target: StoragePath, name: str) -> StoragePath:
-    path = journal_of(target) / f"{name}.json"
-    assert isinstance(path, StoragePath), "below the target"  # noqa: S101
-    return path
+    return journal_of(target) / f"{name}.json"
 
 
-def _object(path: object) -> dict[str, Any]:
+def _object(path: StoragePath) -> dict[str, Any]:
     try:
-        return read_json_object(path)  # type: ignore[arg-type]
+        return read_json_object(path)
     except CheckpointError as error:
         if failed_by_storage(error):
             raise

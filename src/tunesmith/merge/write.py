@@ -123,7 +123,7 @@ def merge(
         stage.publish()
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
     receipts = tuple(
-        _receipt(file, ledger, written.get(file.filename) or getattr(ledger, "sha256", None), rounding)
+        _receipt(file, ledger, written.get(file.filename) or ledger.sha256, rounding)
         for file, ledger in zip(files, ledgers, strict=True)
     )
     total = sum((sums for ledger in ledgers for sums in ledger.sums.values()), TileSums())

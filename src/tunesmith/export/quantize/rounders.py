@@ -43,7 +43,6 @@ class Rule:
         signed: whether scales may be negative.
         hessian: what codes feed back by; None for codes to nearest.
         basis_IM: an orthonormal basis of the update's row space; None where there is no update.
-        clamp: whether only the two codes that bracket the exact value may be taken.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Rule:
     signed: bool = False
     hessian: Hessian | None = None
     basis_IM: Float64 | None = None
-    clamp: bool = True
 
 
 def rule_of(
@@ -74,7 +72,7 @@ def rule_of(
         squares_I = np.einsum("ni,ni->i", inputs_NI, inputs_NI) / len(inputs_NI)
         weights_I = squares_I + DAMPING * max(float(squares_I.mean()), np.finfo(np.float64).tiny)
         hessian = hessian_of_inputs(inputs_NI, np.ones(columns), damping=DAMPING)
-        return Rule("calibrated", weights_I, coarse, hessian, basis_IM, clamp=False)
+        return Rule("calibrated", weights_I, coarse, hessian, basis_IM)
     if coarse and rounding != "nearest":
         return Rule("faithful", signed=True, basis_IM=basis_IM)
     return Rule("nearest", basis_IM=basis_IM)

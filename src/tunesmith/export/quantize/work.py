@@ -160,7 +160,7 @@ def _rounded(exact_TI: Float64, scale_TG: Float64, scheme: QuantizedScheme, rule
     grid = ScaledGrid(scale_TG, codes_of(scheme), group_size=scheme.group_size)
     if rule.hessian is None:
         return grid.at(np.arange(exact_TI.shape[1])).nearest(exact_TI.T).T
-    return round_to_grid(exact_TI, rule.hessian, grid, clamp=rule.clamp)
+    return round_to_grid(exact_TI, rule.hessian, grid, clamp=False)
 
 
 def stored_codes(codes_TI: Float64, scheme: QuantizedScheme) -> Array:

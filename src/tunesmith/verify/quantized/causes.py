@@ -12,7 +12,7 @@ from tunesmith.record import Finding, Value
 from tunesmith.verify.quantized.judge import Gain, gain_of, misshapen, stray_codes, wrong_updates
 from tunesmith.verify.records import QuantizedTensor
 from tunesmith.verify.structure import Dequantized
-from tunesmith.verify.weights import Expectation
+from tunesmith.verify.weights import Expectation, Tile
 
 _ASKED_ROWS = 256
 _ASKED_NAMES = 64
@@ -22,7 +22,9 @@ _FITS = 0.4  # a hypothesis is taken where it leaves a relative error below this
 _CLEARLY = 4.0  # standard errors by which one checkpoint must fit better than another
 _CONSISTENT, _ALLOWANCE = 3.0, 0.05  # and how near to the other's own place it must be
 _SAME_FACTOR = 0.15
-_STARTED = 0.75  # of the way to another start; measured: 0.1 at most where the start is ours, 0.9 at least where not
+_STARTED = (
+    0.75  # of the way to another start; benchmarks/quantized_limits.py: up to 0.09, and from 0.91 where it is the other
+)
 _START_ERROR = 0.05  # the standard error that this may have
 
 
@@ -121,15 +123,11 @@ def other_start(tensors: Sequence[QuantizedTensor], model: Dequantized, expectat
 def _share(names: Sequence[str], model: Dequantized, ours: Expectation, theirs: Expectation) -> float:
     """How much of the way from one start to the other the codes lie; 0 where that cannot be told."""
     ed = dd = eedd = 0.0
-    for name in names:
-        expected, alternative, layer = ours.tensor(name), theirs.tensor(name), model.layers[name]
-        rows = min(expected.rows, max(1, _HELD_ELEMENTS // max(1, expected.columns)))
-        for start, stop in expected.tiles(0, rows):
-            tile, other = expected.tile(start, stop), alternative.tile(start, stop)
-            error, apart = layer.float64(start, stop) - tile.start - tile.delta, other.start - tile.start
-            ed += _dot(error, apart)
-            dd += _dot(apart, apart)
-            eedd += _dot(error * error, apart * apart)
+    for error, tile, other in _held(names, model, ours, theirs):
+        apart = other.start - tile.start
+        ed += _dot(error, apart)
+        dd += _dot(apart, apart)
+        eedd += _dot(error * error, apart * apart)
     return ed / dd if dd and eedd**0.5 / dd <= _START_ERROR else 0.0
 
 
@@ -138,18 +136,13 @@ def _lead(
 ) -> float:
     """By how many standard errors the other's update fits better; at most 0 where it does not."""
     ed = dd = eedd = mine = others = 0.0
-    for tensor in tensors:
-        expected, alternative, layer = ours.tensor(tensor.name), theirs.tensor(tensor.name), model.layers[tensor.name]
-        rows = min(expected.rows, max(1, _HELD_ELEMENTS // max(1, expected.columns)))
-        for start, stop in expected.tiles(0, rows):
-            tile, other = expected.tile(start, stop), alternative.tile(start, stop)
-            error = layer.float64(start, stop) - tile.start - tile.delta
-            apart = (other.start + other.delta) - (tile.start + tile.delta)
-            ed += _dot(error, apart)
-            dd += _dot(apart, apart)
-            eedd += _dot(error * error, apart * apart)
-            mine += _dot(tile.delta, apart)
-            others += _dot(other.delta, apart)
+    for error, tile, other in _held([tensor.name for tensor in tensors], model, ours, theirs):
+        apart = (other.start + other.delta) - (tile.start + tile.delta)
+        ed += _dot(error, apart)
+        dd += _dot(apart, apart)
+        eedd += _dot(error * error, apart * apart)
+        mine += _dot(tile.delta, apart)
+        others += _dot(other.delta, apart)
     if not dd:
         return 0.0
     # What rounding to nearest takes of an update, it takes of the part of it that D is made of.
@@ -160,6 +153,18 @@ def _lead(
         return 0.0  # it fits neither: another strength, or another adapter
     lead: float = (fits[0] - fits[1]) / deviation
     return lead
+
+
+def _held(
+    names: Sequence[str], model: Dequantized, ours: Expectation, theirs: Expectation
+) -> Iterator[tuple[Float64, Tile, Tile]]:
+    """Of the first rows of some tensors, tile by tile: what the codes are off by, and what each expects."""
+    for name in names:
+        expected, alternative, layer = ours.tensor(name), theirs.tensor(name), model.layers[name]
+        rows = min(expected.rows, max(1, _HELD_ELEMENTS // max(1, expected.columns)))
+        for start, stop in expected.tiles(0, rows):
+            tile = expected.tile(start, stop)
+            yield layer.float64(start, stop) - tile.start - tile.delta, tile, alternative.tile(start, stop)
 
 
 def _distance(value: float, ends: Sequence[float]) -> float:

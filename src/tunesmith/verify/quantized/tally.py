@@ -36,7 +36,8 @@ from tunesmith.verify.records import QuantizedTensor
 # What a group's gain can be: twice or half the scale is outside, and what passing errors on does to it is inside.
 _GAINS = (0.56, 1.6)
 # And how much of its errors' energy that gain must make up: errors passed on from other columns may be as large as the
-# numbers of a small group, but do not point along them (measured: up to 0.44, and from 0.7 where the scale is wrong).
+# numbers of a small group, but do not point along them (benchmarks/quantized_limits.py: up to
+# 0.43, and from 0.93 where a scale is halved).
 _ALONG = 0.55
 _CLIPPED = 0.25  # the share of a group's energy that saturation may take
 _BF16_STEPS = 3 * 2.0**-8  # bf16's roundings of x, to a neighbour at most, and of the quotient; relative

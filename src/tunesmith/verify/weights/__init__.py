@@ -1,7 +1,7 @@
 """Level 3: every element of every tensor, recomputed in float64."""
 
 from tunesmith.verify.weights.check import FEW_ELEMENTS, Tally, check_weights, classify, matrix_of, strays, tally_rows
-from tunesmith.verify.weights.expected import Expectation, Expected, Matrix, StartView
+from tunesmith.verify.weights.expected import Expectation, Expected, Matrix, StartView, Tile
 from tunesmith.verify.weights.rounding import UNIT_ROUNDOFF, to_dtype, with_neighbours
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Matrix",
     "StartView",
     "Tally",
+    "Tile",
     "UNIT_ROUNDOFF",
     "check_weights",
     "classify",
