@@ -159,6 +159,7 @@ class _RefusalError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     state: Server
 
     def log_message(self, *_: object) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +32,29 @@ def _small_units() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """A small Llama, and a mixture of experts."""
+    """A small Llama, and a mixture of experts in several shards."""
     zoo = Zoo(tmp_path_factory.mktemp("experts"))
+    base = _in_shards(zoo.base_of("mixtral-both"), tmp_path_factory.mktemp("shards") / "base")
     return {
         "llama": Model(tiny.adapters["final"], tiny.base),
-        "experts": Model(zoo.adapter("mixtral-both"), zoo.base_of("mixtral-both")),
+        "experts": Model(zoo.adapter("mixtral-both"), base),
     }
+
+
+def _in_shards(base: Path, out: Path) -> Path:
+    """A copy of a model whose tensors lie in three files, neighbours in different ones."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {name: value for file in base.glob("*.safetensors") for name, value in load_file(file).items()}
+    shards = {name: f"model-{place % 3 + 1:05}-of-00003.safetensors" for place, name in enumerate(sorted(tensors))}
+    for shard in set(shards.values()):
+        mine = {name: value for name, value in tensors.items() if shards[name] == shard}
+        save_file(mine, out / shard, metadata={"format": "pt"})
+    size = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": shards}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return out
 
 
 @pytest.fixture(scope="package")

@@ -74,14 +74,6 @@ def test_a_target_with_objects_is_refused(tiny: TinyRun) -> None:
 
 
 @pytest.mark.usefixtures("stored")
-def test_the_hub_is_not_written_to_and_push_is_named() -> None:
-    """Before anything is asked of it."""
-    with pytest.raises(OutputError, match="The hub is not written to by a merge") as caught:
-        ts.plan_merge(ADAPTER, "hf://org/name", base=BASE)
-    assert "tunesmith push" in str(caught.value.next_step)
-
-
-@pytest.mark.usefixtures("stored")
 def test_calibrated_rounding_is_refused() -> None:
     """The live model is loaded from a disk alone."""
     with pytest.raises(OutputError, match="which must lie on a disk"):

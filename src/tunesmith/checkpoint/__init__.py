@@ -24,6 +24,7 @@ from tunesmith.checkpoint.header import (
     read_header,
 )
 from tunesmith.checkpoint.hub import Sought, hub_snapshot
+from tunesmith.checkpoint.hub_commits import quiet_client, takes_xet
 from tunesmith.checkpoint.locate import (
     NOT_LOADED,
     NOT_LOADED_NEXT,
@@ -57,7 +58,15 @@ from tunesmith.checkpoint.quantized import (
     quantization_of,
 )
 from tunesmith.checkpoint.ranges import RangeReader, read_at
-from tunesmith.checkpoint.storage import StoragePath, failed_by_storage, stamp_of, storage_path, stored_path
+from tunesmith.checkpoint.storage import (
+    StoragePath,
+    causes_of,
+    failed_by_storage,
+    stamp_of,
+    status_of,
+    storage_path,
+    stored_path,
+)
 from tunesmith.checkpoint.tensors import (
     FLOAT_DTYPES,
     Array,
@@ -65,7 +74,7 @@ from tunesmith.checkpoint.tensors import (
     as_float64,
     stored_array,
 )
-from tunesmith.checkpoint.upload import Upload, check_target, journal_of, marker_of, put, remove
+from tunesmith.checkpoint.upload import Upload, check_target, put_all, remove_all
 from tunesmith.checkpoint.views import VIEW_KINDS, BaseView, ViewKind, is_linear_weight, view_of
 
 __all__ = [
@@ -80,12 +89,12 @@ __all__ = [
     "INDEX_FILE",
     "NOT_LOADED",
     "NOT_LOADED_NEXT",
-    "SINGLE_FILE",
     "QUANTIZED_METHOD",
     "Quantization",
     "QuantizedScheme",
     "QuantizedWeight",
     "RangeReader",
+    "SINGLE_FILE",
     "Sought",
     "Stage",
     "StoragePath",
@@ -97,6 +106,7 @@ __all__ = [
     "ViewKind",
     "as_float64",
     "cache_dir",
+    "causes_of",
     "check_free_space",
     "check_out_dir",
     "check_target",
@@ -111,27 +121,28 @@ __all__ = [
     "is_hub_id",
     "is_linear_weight",
     "is_there",
-    "journal_of",
     "listing_sha256",
     "locate_base",
-    "marker_of",
     "open_regular",
-    "put",
+    "put_all",
     "quantization_of",
+    "quiet_client",
     "read_at",
     "read_header",
     "read_json_object",
     "read_rows",
     "relatives_of",
-    "remove",
+    "remove_all",
     "resumable_stage",
     "same_values",
     "sha256_of",
     "staged_directory",
     "stamp_of",
+    "status_of",
     "storage_path",
     "stored_array",
     "stored_path",
+    "takes_xet",
     "view_of",
     "weights_files",
     "weights_sha256",

@@ -158,9 +158,10 @@ def _range(path: StoragePath, offset: int, count: int) -> bytes:
     fs = filesystem(path)
     if path.scheme == "s3":
         said, data = _s3_range(fs, path.key, offset, count)
+    elif path.scheme == "hf":
+        said, data = _hub_range(fs, path.key, offset, count)
     else:
-        options = {"cache_type": "none"} if path.scheme == "hf" else {}  # or it reads ahead what is not asked for
-        said, data = "", fs.cat_file(path.key, start=offset, end=offset + count, **options)
+        said, data = "", fs.cat_file(path.key, start=offset, end=offset + count)
     if len(data) != count or (said and not said.startswith(f"bytes {offset}-{offset + count - 1}/")):
         raise WrongBytesError(f"{said or len(data)} for {count} bytes from byte {offset} on")
     return data
@@ -182,3 +183,19 @@ def _s3_range(fs: Any, key: str, offset: int, count: int) -> tuple[str, bytes]:
 
     found: tuple[str, bytes] = sync(fs.loop, ask)
     return found
+
+
+def _hub_range(fs: Any, key: str, offset: int, count: int) -> tuple[str, bytes]:
+    """What the hub says that it gives, and gives; its file system would list the repository before every read."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import hf_raise_for_status
+
+    headers = {**build_hf_headers(token=fs.token), "Range": f"bytes={offset}-{offset + count - 1}"}
+    place = fs.resolve_path(key)
+    url = hf_hub_url(
+        place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision, endpoint=fs.endpoint
+    )
+    answer = get_session().get(url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    hf_raise_for_status(answer)
+    return answer.headers.get("Content-Range", ""), answer.content

@@ -32,14 +32,17 @@ SCHEMES = ("s3", "gs", "gcs", "hf", "memory")
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<key>.*)", re.DOTALL)
 _COLLAPSED = re.compile(rf"(?P<scheme>{'|'.join((*SCHEMES, 'file'))}):/(?P<key>[^/].*)", re.DOTALL)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx",
-              "huggingface_hub", "requests", "s3fs", "urllib3")  # fmt: skip
+_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "hf_xet", "httpcore", "httpcore2",
+              "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3")  # fmt: skip
 _CREDENTIALS = ("Credential", "TokenRetrieval", "LocalTokenNotFound")
+_FINAL_STATUS = (400, 401, 402, 403, 413)
 _FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime", "created")
 
 _TRIES = 3  # beside those of the libraries
 _FIRST_WAIT_S = 0.1  # doubled every time
+_HUB_TRIES = 6  # its client has none of its own; and it makes one commit at a time, and tells others to come again
+_HUB_FIRST_WAIT_S = 1.0
 
 _T = TypeVar("_T")
 
@@ -52,11 +55,13 @@ class StoredStat:
         st_mode: as of a file, or of a directory.
         st_size: bytes.
         stamp: its ETag, or its time; what another text of it has another one of.
+        sha256: its SHA-256, of a storage that knows it.
     """
 
     st_mode: int
     st_size: int
     stamp: str
+    sha256: str | None = None
 
 
 class StoragePath(_PathBase):
@@ -135,11 +140,16 @@ class StoragePath(_PathBase):
             FileNotFoundError: there is nothing.
             CheckpointError: the storage does not answer, or refuses.
         """
-        info = self._asked(lambda fs: fs.info(self.key))
+        info = self._asked(lambda fs: fs.info(self.key, **self._all_told(fs)))
         told = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
         if info.get("type") == "directory":
             return StoredStat(stat.S_IFDIR, 0, told)
-        return StoredStat(stat.S_IFREG, int(info["size"]), told)
+        sha256 = getattr(info.get("lfs"), "sha256", None)
+        return StoredStat(stat.S_IFREG, int(info["size"]), told, sha256)
+
+    def _all_told(self, fs: Any) -> dict[str, Any]:
+        """The hub lists a file's whole directory and tells little of it, unless it is asked for all of that file."""
+        return {"expand_info": True} if self.scheme == "hf" and fs.resolve_path(self.key).path else {}
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
         """Whether there is an object, or one below it."""
@@ -195,6 +205,17 @@ class StoragePath(_PathBase):
     ) -> int:
         """Make it of this text."""
         return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove it."""
+        from tunesmith.checkpoint.upload import remove
+
+        if not missing_ok:
+            self.stat()
+        remove(self)
+
+    def mkdir(self, *_: Any, **__: Any) -> None:
+        """Nothing: there are no directories."""
 
     def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
         """Open it to read; every read is a request of its own."""
@@ -268,11 +289,14 @@ def filesystem(path: StoragePath) -> Any:
     try:
         import fsspec
 
-        # A listing that was kept would hide a change.
-        return fsspec.filesystem(path.scheme, use_listings_cache=False)
+        # A listing that was kept would hide a change; the hub's file system keeps its own all the same.
+        found = fsspec.filesystem(path.scheme, use_listings_cache=False)
     except ImportError as error:
         package = _PACKAGES.get(path.scheme, "fsspec")
         raise MissingExtraError("Object storage", "scale", package) from error
+    if path.scheme == "hf":
+        found.dircache.clear()
+    return found
 
 
 def asked(path: StoragePath, ask: Callable[[], _T]) -> _T:
@@ -286,8 +310,8 @@ def asked(path: StoragePath, ask: Callable[[], _T]) -> _T:
         FileNotFoundError: there is nothing.
         CheckpointError: it refuses, or fails every time.
     """
-    wait = _FIRST_WAIT_S
-    for left in reversed(range(_TRIES)):
+    wait, tries = (_FIRST_WAIT_S, _TRIES) if path.scheme != "hf" else (_HUB_FIRST_WAIT_S, _HUB_TRIES)
+    for left in reversed(range(tries)):
         try:
             return ask()
         except FileNotFoundError:
@@ -295,7 +319,7 @@ def asked(path: StoragePath, ask: Callable[[], _T]) -> _T:
         except Exception as error:
             if not is_theirs(error):
                 raise
-            if not left or isinstance(error, _FINAL) or _lacks_credentials(error):
+            if not left or isinstance(error, _FINAL) or _lacks_credentials(error) or status_of(error) in _FINAL_STATUS:
                 raise explained(path, error) from error
         time.sleep(wait)
         wait *= 2
@@ -323,7 +347,27 @@ class WrongBytesError(OSError):
 
 def is_theirs(error: BaseException) -> bool:
     """Whether an error is of a storage or of the way to it, and none of ours."""
-    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in _LIBRARIES
+    causes = causes_of(error) if type(error) is RuntimeError else [error]  # in which the hub's client wraps its own
+    return any(isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in _LIBRARIES for cause in causes)
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the outermost first."""
+    found: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in found:
+        found.append(one)
+        one = one.__cause__ or one.__context__
+    return found
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error is about; None where it is about none."""
+    for cause in causes_of(error):
+        status = getattr(getattr(cause, "response", cause), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def _lacks_credentials(error: Exception) -> bool:
@@ -340,7 +384,7 @@ def explained(path: StoragePath, error: Exception) -> CheckpointError:
             next_step="give them by the storage's own environment variables or files; for S3, AWS_PROFILE or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
         return CheckpointError(
             "The storage refuses access.",
             where=path,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import xxhash
 
+from tunesmith.checkpoint.hub_commits import Spool, commit_files, commit_removal, require_repository
 from tunesmith.checkpoint.storage import StoragePath, StoredStat, asked, explained, filesystem, is_theirs
 from tunesmith.errors import CheckpointError, OutputError
 
 _BLOCK_BYTES = 16 << 20  # of one part of an upload; S3 takes 10,000 of them
-_JOURNAL = ".tunesmith"
-_MARKER = "merge.json"
+_OF_THE_HUB = (".gitattributes",)  # in every new repository
 
 
 class Upload:
@@ -40,10 +42,11 @@ class Upload:
         self._file: Any = None
 
     def __enter__(self) -> Upload:
-        try:
-            self._file = filesystem(self.path).open(self.path.key, "wb", block_size=_BLOCK_BYTES)
-        except Exception as error:
-            raise self._failure(error) from error
+        with self._explained():
+            if self.path.scheme == "hf":
+                self._file = Spool(self.path)
+            else:
+                self._file = filesystem(self.path).open(self.path.key, "wb", block_size=_BLOCK_BYTES)
         return self
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
@@ -51,10 +54,8 @@ class Upload:
         view = memoryview(data).cast("B")
         if offset != self.written:
             raise ValueError(f"an upload goes on at byte {self.written}, not {offset}")
-        try:
+        with self._explained():
             self._file.write(bytes(view))
-        except Exception as error:
-            raise self._failure(error) from error
         self.checksum.update(view)
         self.sha256.update(view)
         self.written += len(view)
@@ -66,18 +67,21 @@ class Upload:
             self._call_off()
             return
         try:
-            self._file.close()
-            self.stored = self.path.stat()
-        except Exception as failure:
+            with self._explained():
+                self._file.close()
+                self.stored = self.path.stat()
+        except BaseException:
             self._call_off()
-            raise self._failure(failure) from failure
-        if self.stored.st_size != self.written:
+            raise
+        written = (self.written, self.sha256.hexdigest())
+        there = (self.stored.st_size, self.stored.sha256 or written[1])
+        if there != written:
             self._call_off()
             raise OutputError(
-                "The storage holds another number of bytes than was written.",
+                "The storage holds other bytes than were written.",
                 where=self.path,
-                expected=self.written,
-                found=self.stored.st_size,
+                expected="{} bytes, SHA-256 {}".format(*written),
+                found="{} bytes, SHA-256 {}".format(*there),
             )
 
     def _call_off(self) -> None:
@@ -88,10 +92,16 @@ class Upload:
         with suppress(Exception):
             remove(self.path)
 
-    def _failure(self, error: Exception) -> Exception:
-        if isinstance(error, CheckpointError):
-            return _as_output(error)
-        return _as_output(explained(self.path, error)) if is_theirs(error) else error
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise _as_output(error) from (error.__cause__ or error)
+        except Exception as error:
+            if not is_theirs(error):
+                raise
+            raise _as_output(explained(self.path, error)) from error
 
 
 def put(path: StoragePath, data: bytes) -> None:
@@ -108,28 +118,55 @@ def put(path: StoragePath, data: bytes) -> None:
         raise _as_output(error) from (error.__cause__ or error)
 
 
-def remove(path: StoragePath) -> None:
-    """Remove an object, where there is one.
+def put_all(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files below a directory or an address, in their order; to the hub, all at once.
 
     Raises:
-        OutputError: the storage does not let it go.
+        OutputError: the storage does not take one.
     """
+    if not (isinstance(target, StoragePath) and target.scheme == "hf"):
+        for name, data in files.items():
+            (target / name).write_bytes(data)
+        return
     try:
-        asked(path, lambda: filesystem(path).rm_file(path.key))
+        commit_files(target, files)
+    except CheckpointError as error:
+        raise _as_output(error) from (error.__cause__ or error)
+
+
+def remove_all(target: StoragePath, names: Iterable[str]) -> None:
+    """Remove objects below an address, those that are there, in their order; from the hub, all at once.
+
+    Raises:
+        OutputError: the storage does not let one go.
+    """
+    if target.scheme != "hf":
+        for name in names:
+            remove(target / name)
+        return
+    try:
+        commit_removal(target, names)
     except FileNotFoundError:
         pass
     except CheckpointError as error:
         raise _as_output(error) from (error.__cause__ or error)
 
 
-def journal_of(target: StoragePath) -> StoragePath:
-    """Where a target in a storage keeps what is done of it while it is made."""
-    return target / _JOURNAL
+def remove(path: StoragePath) -> None:
+    """Remove an object, where there is one.
 
-
-def marker_of(target: StoragePath) -> StoragePath:
-    """The object that says that a target is being made, and of which files."""
-    return journal_of(target) / _MARKER
+    Raises:
+        OutputError: the storage does not let it go.
+    """
+    if path.scheme == "hf":
+        remove_all(path.parent, [path.name])
+        return
+    try:
+        asked(path, lambda: filesystem(path).rm_file(path.key))
+    except FileNotFoundError:
+        pass
+    except CheckpointError as error:
+        raise _as_output(error) from (error.__cause__ or error)
 
 
 def check_target(target: StoragePath, *, force: bool, own: tuple[str, ...]) -> None:
@@ -141,23 +178,18 @@ def check_target(target: StoragePath, *, force: bool, own: tuple[str, ...]) -> N
         own: names of objects that an unfinished work of ours left there.
 
     Raises:
-        OutputError: it is the hub's, it is to be replaced, or there are objects already.
+        OutputError: it is to be replaced, there are objects already, or there is no such repository of the hub.
     """
-    if target.scheme == "hf":
-        raise OutputError(
-            "The hub is not written to by a merge.",
-            where=target,
-            expected="a directory, or an address such as s3://bucket/path",
-            next_step="merge into a directory, then: tunesmith push DIR org/name",
-        )
     if force:
         raise OutputError(
             "What lies in a storage is not replaced.",
             where=target,
             next_step="choose another --out, or remove the objects there with the storage's own tool",
         )
+    if target.scheme == "hf":
+        require_repository(target)
     try:
-        there = {path.name for path in target.iterdir()} - {_JOURNAL, *own}
+        there = {path.name for path in target.iterdir()} - {*_OF_THE_HUB, *own}
     except FileNotFoundError:
         return
     if there or target.is_file():

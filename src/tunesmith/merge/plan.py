@@ -28,7 +28,7 @@ from tunesmith.checkpoint import (
 from tunesmith.errors import BaseModelError, OutputError
 from tunesmith.merge.layout import OutputFile, index_of, layout_of
 from tunesmith.merge.records import Asset, Ingredient, MergePlan, ShardPlan
-from tunesmith.merge.remote import own_objects
+from tunesmith.merge.remote import what_is_ours
 from tunesmith.merge.rounders import CALIBRATED, ROUNDINGS, rounding_of
 from tunesmith.merge.units import Compute, Copy, pieces_of
 from tunesmith.merge.work import FEEDBACK_TILES, TILE_ELEMENTS
@@ -110,7 +110,7 @@ def plan_merge(
         raise BaseModelError("The adapter names no base model.", where=first_checkpoint.path, next_step="pass --base")
     base_dir = locate_base(base_name, relative_to=storage_path(first.path).parent, stored=True, progress=progress)
     target = storage_path(out).expanduser()
-    own = own_objects(target) if isinstance(target, StoragePath) else ()
+    own = what_is_ours(target) if isinstance(target, StoragePath) else ()
     runs = {f"run {one.path}" if number else "run": storage_path(one.path) for number, (one, _, _) in enumerate(chosen)}
     check_out_dir(target, force=force, inputs={"base model": base_dir, **runs}, own=own)
     return _planned(chosen, base_dir, target, base_name=base_name, options=options, asked=rounding)

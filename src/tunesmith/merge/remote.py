@@ -6,23 +6,23 @@ an error leaves is removed, unless the storage itself failed: then whole shards 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 from tunesmith.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     StoragePath,
+    cache_dir,
     check_target,
     failed_by_storage,
-    journal_of,
-    marker_of,
-    put,
     read_json_object,
-    remove,
+    remove_all,
     stamp_of,
     storage_path,
 )
@@ -31,6 +31,8 @@ from tunesmith.merge.journal import FileLedger, Journal
 from tunesmith.merge.records import MergePlan
 from tunesmith.merge.tiles import TileSums
 from tunesmith.merge.work import UnitReceipt
+
+_JOURNAL = ".tunesmith"
 
 
 class StorageStage:
@@ -48,16 +50,17 @@ class StorageStage:
         target = storage_path(plan.out)
         assert isinstance(target, StoragePath), "asked for by the caller"  # noqa: S101
         self.new: StoragePath = target
-        self.root = journal_of(target)
+        self.root = _journal_of(target)
         self.keep = False
         self.shards = tuple(shard.filename for shard in plan.shards)
         self.small = (*(asset.filename for asset in plan.assets), INDEX_FILE, CONFIG_FILE)
 
     def keep_only(self, names: set[str]) -> None:
         """Remove what an earlier, other merge left."""
-        for name in set(own_objects(self.new)) - names:
-            remove(self.new / name)
-            remove(_receipt_of(self.new, name))
+        others = sorted(set(_own_files(self.new)) - names)
+        remove_all(self.new, others)
+        for name in others:
+            _receipt_of(self.new, name).unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Remove what was written down meanwhile: the model is whole."""
@@ -66,20 +69,23 @@ class StorageStage:
 
     def clear(self) -> None:
         """Remove all that this merge wrote."""
-        for name in (*self.small[::-1], *self.shards):
-            remove(self.new / name)
+        remove_all(self.new, (*self.small[::-1], *self.shards))
         self._forget()
 
     def _forget(self) -> None:
         for name in self.shards:
-            remove(_receipt_of(self.new, name))
-        remove(marker_of(self.new))
+            _receipt_of(self.new, name).unlink(missing_ok=True)
+        _marker_of(self.new).unlink(missing_ok=True)
 
 
-def own_objects(target: StoragePath) -> tuple[str, ...]:
+def what_is_ours(target: StoragePath) -> tuple[str, ...]:
     """The names of what an unfinished merge of ours may have left at a target."""
+    return (_JOURNAL, *_own_files(target))
+
+
+def _own_files(target: StoragePath) -> tuple[str, ...]:
     try:
-        names = read_json_object(marker_of(target)).get("files")
+        names = read_json_object(_marker_of(target)).get("files")
     except CheckpointError:
         return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()
@@ -96,7 +102,7 @@ def storage_stage(plan: MergePlan) -> Iterator[StorageStage]:
         OutputError: there are objects that are not ours; or the storage failed, and what was done stays.
     """
     stage = StorageStage(plan)
-    check_target(stage.new, force=plan.force, own=own_objects(stage.new))
+    check_target(stage.new, force=plan.force, own=what_is_ours(stage.new))
     try:
         yield stage
     except BaseException as error:
@@ -121,7 +127,7 @@ class StorageJournal(Journal):
     def __init__(self, stage: StorageStage, fingerprint: str) -> None:
         self.stage, self.fingerprint = stage, fingerprint
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
-        marker = _object(marker_of(stage.new))
+        marker = _object(_marker_of(stage.new))
         self.same = marker.get("fingerprint") == fingerprint
         if self.same:
             found = {name: _object(_receipt_of(stage.new, name)) for name in stage.shards}
@@ -130,9 +136,9 @@ class StorageJournal(Journal):
     def begin(self, kept: Sequence[dict[str, Any]]) -> None:
         """Say what will be there; receipts of what is no longer so go."""
         for name in set(self.stage.shards) - {str(entry.get("file")) for entry in kept}:
-            remove(_receipt_of(self.stage.new, name))
+            _receipt_of(self.stage.new, name).unlink(missing_ok=True)
         names = [*self.stage.shards, *self.stage.small]
-        self._put(marker_of(self.stage.new), {"fingerprint": self.fingerprint, "files": names})
+        self._put(_marker_of(self.stage.new), {"fingerprint": self.fingerprint, "files": names})
 
     def add(self, line: dict[str, Any]) -> None:
         """Write down one shard."""
@@ -141,8 +147,9 @@ class StorageJournal(Journal):
     def close(self) -> None:
         """Nothing is open."""
 
-    def _put(self, path: StoragePath, document: dict[str, Any]) -> None:
-        put(path, json.dumps(document).encode())
+    def _put(self, path: Path, document: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(json.dumps(document).encode())
 
 
 class StorageLedger(FileLedger):
@@ -178,11 +185,23 @@ class StorageLedger(FileLedger):
         """What is uploaded is stored."""
 
 
-def _receipt_of(target: StoragePath, name: str) -> StoragePath:
-    return journal_of(target) / f"{name}.json"
+def _journal_of(target: StoragePath) -> Path:
+    """Where it is written down what is done: beside the objects; for the hub, where each would be a commit, here."""
+    if target.scheme == "hf":
+        return cache_dir() / "merges" / hashlib.sha256(str(target).encode()).hexdigest()[:32]
+    return target / _JOURNAL
 
 
-def _object(path: StoragePath) -> dict[str, Any]:
+def _marker_of(target: StoragePath) -> Path:
+    """The file that says that a target is being made, and of which files."""
+    return _journal_of(target) / "merge.json"
+
+
+def _receipt_of(target: StoragePath, name: str) -> Path:
+    return _journal_of(target) / f"{name}.json"
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except CheckpointError as error:

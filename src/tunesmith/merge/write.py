@@ -24,6 +24,7 @@ from tunesmith.checkpoint import (
     Checkpoint,
     Stage,
     TrailingHashes,
+    put_all,
     read_json_object,
     resumable_stage,
     sha256_of,
@@ -119,7 +120,7 @@ def merge(
             journal.close()
         if stamps_of(base) != stamps:
             raise CheckpointError("The base model changed while it was read.", where=plan.base)
-        _write_small_files(plan, stage.new)
+        put_all(stage.new, _small_files(plan))
         stage.publish()
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
     receipts = tuple(
@@ -322,14 +323,13 @@ def _identity(path: Path) -> str:
     return sha256_of(path) if stored_path(path) is None else json.dumps(stamp_of(path))
 
 
-def _write_small_files(plan: MergePlan, folder: Path) -> None:
-    for asset in plan.assets:
-        (folder / asset.filename).write_bytes(storage_path(asset.source).read_bytes())
+def _small_files(plan: MergePlan) -> dict[str, bytes]:
+    """All that is no weights, by name; the configuration last, so that a directory without it was never finished."""
+    files = {asset.filename: storage_path(asset.source).read_bytes() for asset in plan.assets}
     if plan.index is not None:
-        (folder / INDEX_FILE).write_text(plan.index, encoding="utf-8")
-    # Last, so that a directory without it was never finished.
+        files[INDEX_FILE] = plan.index.encode()
     config = config_of(storage_path(plan.base), plan.binding, convert_to=plan.convert_to)
-    (folder / CONFIG_FILE).write_text(config_text(config), encoding="utf-8")
+    return files | {CONFIG_FILE: config_text(config).encode()}
 
 
 def _checked(plan: MergePlan) -> tuple[Checkpoint, tuple[OutputFile, ...]]:

@@ -76,6 +76,7 @@ class FakeHub:
         store: what was uploaded by LFS, by SHA-256.
         seen: how often each ``METHOD path`` was asked for.
         authorized: every Authorization header that came to the hub; ``authorized_store``, to its storage.
+        ranges: every part of a file that was asked for, as name, beginning and end.
         rate: bytes a second at which uploads are read; None for at once.
         arrived: bytes of uploads read so far.
         tamper: what is done to a file's hash in what the hub says of it afterwards.
@@ -89,6 +90,7 @@ class FakeHub:
         self.authorized: set[str] = set()
         self.authorized_store: set[str] = set()
         self.faults: list[Fault] = []
+        self.ranges: list[tuple[str, int, int]] = []
         self.rate: int | None = None
         self.arrived = 0
         self.tamper: Callable[[str, str], str] = lambda _name, digest: digest
@@ -166,6 +168,7 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for the client's system
     served: FakeHub
     answer_lost = False
 
@@ -379,10 +382,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _paths(self, repo: str, rev: str) -> None:
         wanted = parse_qs(self._body().decode())["paths"]
         there = self.served.files(repo, rev)
-        self._answer(200, [self._described(name, there[name]) for name in wanted if name in there])
+        folders = [name for name in wanted if any(file.startswith(f"{name}/") for file in there)]
+        found = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
+        self._answer(200, found + [self._described(name, there[name]) for name in wanted if name in there])
 
-    def _tree(self, repo: str, rev: str) -> None:
-        self._answer(200, [self._described(name, entry) for name, entry in self.served.files(repo, rev).items()])
+    def _tree(self, repo: str, rev: str, folder: str | None = None) -> None:
+        there = self.served.files(repo, rev)
+        if folder is None and "recursive=true" in self.path.lower():
+            self._answer(200, [self._described(name, entry) for name, entry in there.items()])
+            return
+        inside = f"{folder}/" if folder else ""
+        if folder and not any(name.startswith(inside) for name in there):
+            self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        found: dict[str, Any] = {}
+        for name, entry in there.items():
+            first, _, deeper = name.removeprefix(inside).partition("/")
+            if name.startswith(inside):
+                folded = {"type": "directory", "path": inside + first, "oid": "0" * 40, "size": 0}
+                found[first] = folded if deeper else self._described(name, entry)
+        self._answer(200, list(found.values()))
 
     def _info(self, repo: str, rev: str = "main") -> None:
         found = self.served.repos[repo]
@@ -400,6 +419,13 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.served.repos[repo]
         etag = entry.oid if entry.content is None else git_hash(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": found.branches.get(rev, rev)}
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            begin, end = int(match[1]), min(int(match[2]) + 1, len(data))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+            with self.served.lock:
+                self.served.ranges.append((name, begin, end))
+            self._answer(206, data[begin:end], headers)
+            return
         self._answer(200, data, {**headers, "Content-Length": str(len(data))})
 
 
@@ -421,7 +447,7 @@ _ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     (r"POST /store/(?P<oid>[0-9a-f]{64})/complete", _Handler._store),
     (rf"POST /api/models/{_REPO}/commit/(?P<rev>.+)", _Handler._commit),
     (rf"POST /api/models/{_REPO}/paths-info/(?P<rev>.+)", _Handler._paths),
-    (rf"GET /api/models/{_REPO}/tree/(?P<rev>.+)", _Handler._tree),
+    (rf"GET /api/models/{_REPO}/tree/(?P<rev>[^/]+)(?:/(?P<folder>.+))?", _Handler._tree),
     (rf"GET /api/models/{_REPO}", _Handler._info),
     (rf"GET /api/models/{_REPO}/revision/(?P<rev>.+)", _Handler._info),
     (rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<rev>[^/]+)/(?P<name>.+)", _Handler._resolve),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
+from tunesmith.checkpoint import causes_of, status_of
 from tunesmith.errors import Cancelled, OutputError, TunesmithError
 from tunesmith.export.push.records import PushPlan
 
@@ -38,7 +39,7 @@ def explained(plan: PushPlan, token: Callable[[], str | None], work: Callable[[]
     except (TunesmithError, Cancelled):
         raise
     except Exception as error:  # the client raises its HTTP library's errors, and storage's, too
-        causes = _causes(error)
+        causes = causes_of(error)
         if isinstance(causes[-1], TypeError | AttributeError | AssertionError | KeyError | ImportError):
             raise  # our own mistake, or a client of another version
         stopped = any(isinstance(cause, Cancelled) for cause in causes)
@@ -48,15 +49,6 @@ def explained(plan: PushPlan, token: Callable[[], str | None], work: Callable[[]
     if stopped:
         raise Cancelled
     raise OutputError(what, where=plan.repo_id, found=found, next_step=next_step)
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error is about; None where it is about none."""
-    for cause in _causes(error):
-        status = getattr(getattr(cause, "response", cause), "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
 
 
 def wait_before_retry(error: BaseException, attempt: int) -> float | None:
@@ -71,7 +63,7 @@ def wait_before_retry(error: BaseException, attempt: int) -> float | None:
     """
     status = status_of(error)
     if status is None:
-        return float(2**attempt) if _is_network(_causes(error)) else None
+        return float(2**attempt) if _is_network(causes_of(error)) else None
     if status not in (408, 429, 500, 502, 503, 504):
         return None
     asked = _retry_after(error)
@@ -81,21 +73,11 @@ def wait_before_retry(error: BaseException, attempt: int) -> float | None:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    for cause in _causes(error):
+    for cause in causes_of(error):
         headers = getattr(getattr(cause, "response", None), "headers", None)
         if headers is not None and re.fullmatch(r"\d{1,6}", value := str(headers.get("Retry-After", ""))):
             return float(value)
     return None
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it was raised from, the outermost first."""
-    found: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in found:
-        found.append(one)
-        one = one.__cause__ or one.__context__
-    return found
 
 
 def _is_network(causes: list[BaseException]) -> bool:

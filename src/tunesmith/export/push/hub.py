@@ -6,18 +6,16 @@ ahead, and one commit then names them all.
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import logging
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tunesmith.checkpoint import quiet_client, takes_xet
 from tunesmith.errors import OutputError
 from tunesmith.export.push.failures import explained, wait_before_retry
 from tunesmith.export.push.files import a_loader_would_read
@@ -27,7 +25,6 @@ from tunesmith.progress import Cancellation, Progress, ProgressCallback
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-HOME = "https://huggingface.co"
 _MESSAGE = "Upload with tunesmith push"
 _SMALL_BYTES = 1 << 20
 _STAGE = "push"
@@ -68,7 +65,7 @@ def _push(plan: PushPlan, progress: ProgressCallback, cancellation: Cancellation
             expected="a token with write access",
             next_step="hf auth login, or set HF_TOKEN",
         )
-    with _quiet(), ExitStack() as opened:
+    with quiet_client(), ExitStack() as opened:
         upload = _Upload(plan, HfApi(endpoint=plan.endpoint), progress, cancellation)
         head, foreign = upload.prepare()
         additions = upload.send(opened)
@@ -133,7 +130,8 @@ class _Upload:
         """Send what is large ahead of the commit; what the hub has already is not sent again."""
         from huggingface_hub import CommitOperationAdd
 
-        by_xet = self._xet()
+        plan = self._plan
+        by_xet = self._again(lambda: takes_xet(plan.endpoint, plan.repo_id, plan.revision))
         additions: dict[str, CommitOperationAdd] = {}
         for file in self._plan.files:
             self._cancellation.check()
@@ -219,23 +217,6 @@ class _Upload:
             there |= {one.path: one for one in found}
         return [line for file in plan.files if (line := _difference(plan, file, there.get(file.name)))]
 
-    def _xet(self) -> bool:
-        """Whether large files go by xet storage: where the client has it, and the hub does.
-
-        The client takes it for granted of every hub; of others than Hugging Face's own the hub is asked.
-        """
-        from huggingface_hub import constants, get_session
-        from huggingface_hub.utils._headers import build_hf_headers
-
-        if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
-            return False
-        if self._plan.endpoint == HOME:
-            return True
-        revision = (self._plan.revision or "main").replace("/", "%2F")
-        url = f"{self._plan.endpoint}/api/models/{self._plan.repo_id}/xet-write-token/{revision}"
-        answer = self._again(lambda: get_session().get(url, headers=build_hf_headers()))
-        return answer.status_code == 200 and "X-Xet-Cas-Url" in answer.headers
-
     def _again(self, ask: Callable[[], Result]) -> Result:
         """Ask, and where the hub is busy or the line breaks, ask again after a while."""
         attempt = 0
@@ -319,22 +300,3 @@ def _git_hash(content: bytes) -> str:
     from huggingface_hub.utils.sha import git_hash
 
     return str(git_hash(content))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the client from drawing bars and from telling of every try, with the addresses that it tried."""
-    from huggingface_hub.utils import logging as told
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    level, drawn = told.get_verbosity(), not are_progress_bars_disabled()
-    told.set_verbosity(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        disable_progress_bars()
-        try:
-            yield
-        finally:
-            told.set_verbosity(level)
-            if drawn:
-                enable_progress_bars()
