@@ -146,12 +146,17 @@ def test_a_shard_that_was_changed_meanwhile_is_made_again(
 
 @pytest.mark.usefixtures("stored")
 def test_another_merge_begins_anew_where_one_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first one left is removed, and no object of it is in the result."""
+    """With --force; what the first one left is removed, and no object of it is in the result."""
     with monkeypatch.context() as patched:
         Breaking(patched, 9, ConnectionResetError("reset by peer"))
         with pytest.raises(OutputError):
             ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, shard_size="100KB"), certificate=False)
-    merged = ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE), certificate=False)
+    before = objects()
+    with pytest.raises(OutputError, match="unfinished merge of something else") as caught:
+        ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE), certificate=False)
+    assert "--force" in str(caught.value.next_step)
+    assert objects() == before
+    merged = ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, force=True), certificate=False)
     assert merged.resumed_bytes == 0
     assert [name for name in objects() if name.endswith((".safetensors", ".index.json"))] == ["model.safetensors"]
     assert not [name for name in objects() if name.startswith(".tunesmith")]
@@ -193,10 +198,27 @@ def test_shards_of_another_weight_are_not_taken(tiny: TinyRun, tmp_path: Path, m
         with pytest.raises(OutputError):
             ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, **options), certificate=False)
     assert any(name.endswith(".safetensors.json") for name in objects())
-    merged = ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, weight=0.5, **options), certificate=False)
+    merged = ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, weight=0.5, force=True, **options), certificate=False)
     assert merged.resumed_bytes == 0
     local = tmp_path / "local"
     ts.merge(
         ts.plan_merge(tiny.adapters["final"], local, base=str(tiny.base), weight=0.5, **options), certificate=False
     )
     assert objects() == files_of(local)
+
+
+@pytest.mark.usefixtures("stored")
+def test_the_first_of_two_merges_into_one_address_gives_way() -> None:
+    """It notices the other, which was told to go ahead, and leaves what that one wrote."""
+    begun = False
+
+    def other(step: ts.Progress) -> None:
+        nonlocal begun
+        if not begun and step.done:
+            begun = True
+            ts.merge(ts.plan_merge(ADAPTER, OUT, base=BASE, weight=0.5, force=True), certificate=False)
+
+    plan = ts.plan_merge(ADAPTER, OUT, base=BASE, shard_size="100KB")
+    with pytest.raises(OutputError, match="Another merge has begun"):
+        ts.merge(plan, certificate=False, progress=other)
+    assert {"config.json", "model.safetensors"} <= objects().keys()

@@ -180,26 +180,28 @@ def check_target(target: StoragePath, *, force: bool, own: tuple[str, ...]) -> N
     Raises:
         OutputError: it is to be replaced, there are objects already, or there is no such repository of the hub.
     """
-    if force:
-        raise OutputError(
-            "What lies in a storage is not replaced.",
-            where=target,
-            next_step="choose another --out, or remove the objects there with the storage's own tool",
-        )
     if target.scheme == "hf":
         require_repository(target)
     try:
         there = {path.name for path in target.iterdir()} - {*_OF_THE_HUB, *own}
     except FileNotFoundError:
         return
-    if there or target.is_file():
+    if not there and not target.is_file():
+        return
+    if force:
         raise OutputError(
-            "There are objects at the target already.",
+            "What lies in a storage is not replaced.",
             where=target,
-            expected="an address without objects",
             found=", ".join(sorted(there)[:5]),
-            next_step="choose another --out",
+            next_step="choose another --out, or remove the objects there with the storage's own tool",
         )
+    raise OutputError(
+        "There are objects at the target already.",
+        where=target,
+        expected="an address without objects",
+        found=", ".join(sorted(there)[:5]),
+        next_step="choose another --out",
+    )
 
 
 def _as_output(error: CheckpointError) -> OutputError:

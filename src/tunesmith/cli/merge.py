@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def merge(
     run: RunArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make, or an address to fill.")],
     base: BaseOption = None,
     checkpoint: CheckpointOption = "final",
     adapters: AdaptersOption = None,
@@ -83,7 +83,8 @@ def merge(
     """Merge an adapter into its base: summed in float64, rounded once, whole or not at all.
 
     RUN:WEIGHT multiplies the update; --adapter adds further ones to the same merge. A merge that was killed or ran out
-    of space goes on where it was when the same command is given again.
+    of space goes on where it was when the same command is given again. RUN, --base and --out may be addresses: s3://,
+    gs:// or hf://.
 
     Example: tunesmith merge out/security --out out/security-merged
     """

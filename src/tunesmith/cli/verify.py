@@ -104,6 +104,8 @@ def verify(
     DIR alone is hashed, and held against the certificate in it: is it still what was verified? That takes neither RUN
     nor the base.
 
+    RUN, DIR and --base may be addresses (s3://, gs://, hf://), of which structure, small files and weights are proved.
+
     Example: tunesmith verify out/security out/security-merged
     """
     if out is not None:

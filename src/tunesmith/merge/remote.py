@@ -44,16 +44,35 @@ class StorageStage:
         keep: whether all stays where an error ends the work.
         shards: the names of the files of weights.
         small: the names of the others, the last one last.
+        begun: whether it is written down there that this merge is under way.
     """
 
-    def __init__(self, plan: MergePlan) -> None:
+    def __init__(self, plan: MergePlan, fingerprint: str) -> None:
         target = storage_path(plan.out)
         assert isinstance(target, StoragePath), "asked for by the caller"  # noqa: S101
         self.new: StoragePath = target
         self.root = _journal_of(target)
-        self.keep = False
+        self.keep = self.begun = False
+        self.fingerprint = fingerprint
         self.shards = tuple(shard.filename for shard in plan.shards)
         self.small = (*(asset.filename for asset in plan.assets), INDEX_FILE, CONFIG_FILE)
+
+    def check(self) -> None:
+        """See that nobody else has begun to write there.
+
+        Raises:
+            OutputError: somebody has; what lies there is theirs.
+        """
+        marker: dict[str, Any] | None = None
+        with suppress(TunesmithError):  # a storage that fails says nothing of others
+            marker = _object(_marker_of(self.new))
+        if self.begun and marker is not None and marker.get("fingerprint") != self.fingerprint:
+            self.keep = True
+            raise OutputError(
+                "Another merge has begun at the same target meanwhile.",
+                where=self.new,
+                next_step="wait for it to end, verify what it wrote, and choose another --out for this one",
+            )
 
     def keep_only(self, names: set[str]) -> None:
         """Remove what an earlier, other merge left."""
@@ -92,17 +111,28 @@ def _own_files(target: StoragePath) -> tuple[str, ...]:
 
 
 @contextmanager
-def storage_stage(plan: MergePlan) -> Iterator[StorageStage]:
+def storage_stage(plan: MergePlan, fingerprint: str) -> Iterator[StorageStage]:
     """A target in a storage, to be filled and published.
+
+    Args:
+        plan: of the merge.
+        fingerprint: what decides its bytes.
 
     Yields:
         The stage.
 
     Raises:
-        OutputError: there are objects that are not ours; or the storage failed, and what was done stays.
+        OutputError: there are objects that are not ours, or of another merge, which may be under way; or the storage
+            failed, and what was done stays.
     """
-    stage = StorageStage(plan)
+    stage = StorageStage(plan, fingerprint)
     check_target(stage.new, force=plan.force, own=what_is_ours(stage.new))
+    if not plan.force and _object(_marker_of(stage.new)).get("fingerprint", fingerprint) != fingerprint:
+        raise OutputError(
+            "An unfinished merge of something else lies at the target.",
+            where=stage.new,
+            next_step="choose another --out; or, where that merge no longer runs, pass --force to begin anew there",
+        )
     try:
         yield stage
     except BaseException as error:
@@ -115,6 +145,7 @@ def storage_stage(plan: MergePlan) -> Iterator[StorageStage]:
                 details=error.details,
                 next_step=f"mend that and repeat the same command: it goes on from the whole shards in {stage.new}",
             ) from error
+        stage.check()
         if not stage.keep:
             with suppress(TunesmithError):
                 stage.clear()
@@ -124,11 +155,11 @@ def storage_stage(plan: MergePlan) -> Iterator[StorageStage]:
 class StorageJournal(Journal):
     """What of a merge into a storage is done: an object for every shard."""
 
-    def __init__(self, stage: StorageStage, fingerprint: str) -> None:
-        self.stage, self.fingerprint = stage, fingerprint
+    def __init__(self, stage: StorageStage) -> None:
+        self.stage, self.fingerprint = stage, stage.fingerprint
         self.entries: dict[tuple[str, int], dict[str, Any]] = {}
         marker = _object(_marker_of(stage.new))
-        self.same = marker.get("fingerprint") == fingerprint
+        self.same = marker.get("fingerprint") == self.fingerprint
         if self.same:
             found = {name: _object(_receipt_of(stage.new, name)) for name in stage.shards}
             self.entries = {(name, 0): entry for name, entry in found.items() if entry}
@@ -139,9 +170,11 @@ class StorageJournal(Journal):
             _receipt_of(self.stage.new, name).unlink(missing_ok=True)
         names = [*self.stage.shards, *self.stage.small]
         self._put(_marker_of(self.stage.new), {"fingerprint": self.fingerprint, "files": names})
+        self.stage.begun = True
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write down one shard."""
+        """Write down one shard, where the target is still ours."""
+        self.stage.check()
         self._put(_receipt_of(self.stage.new, str(line["file"])), line)
 
     def close(self) -> None:

@@ -97,12 +97,12 @@ def merge(
     stamps = stamps_of(base)
     fingerprint = _fingerprint(plan, files, stamps, inputs)
     far = stored_path(plan.out) is not None
-    with storage_stage(plan) if far else resumable_stage(Path(plan.out), force=plan.force) as stage:
+    with storage_stage(plan, fingerprint) if far else resumable_stage(Path(plan.out), force=plan.force) as stage:
         size = sum(shard.size_bytes for shard in plan.shards)
         report = SharedProgress("merge", size, "bytes", progress=progress, cancellation=cancellation or Cancellation())
         work = _Work(plan, stage, report, inputs)
         journal = (
-            StorageJournal(stage, fingerprint)
+            StorageJournal(stage)
             if isinstance(stage, StorageStage)
             else Journal(stage.root / JOURNAL_FILE, fingerprint)
         )
@@ -120,6 +120,8 @@ def merge(
             journal.close()
         if stamps_of(base) != stamps:
             raise CheckpointError("The base model changed while it was read.", where=plan.base)
+        if isinstance(stage, StorageStage):
+            stage.check()
         put_all(stage.new, _small_files(plan))
         stage.publish()
     rounding = {task.info.name: rounding_of(plan.rounding, task.info.dtype, task.updates) for task in _tasks(ledgers)}
