@@ -75,11 +75,14 @@ class Shape:
 
 
 SIZES = {
+    "135m": Shape(576, 1536, 30, 9, 3, 49152, tied=True, shards=1),  # SmolLM2-135M
     "0.5b": Shape(896, 4864, 24, 14, 2, 151936, tied=True, shards=1),  # Qwen2.5-0.5B
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151936, tied=True, shards=1),  # Qwen2.5-1.5B
     "1.5b-1": Shape(1536, 8960, 1, 12, 2, 151936, tied=True, shards=1),  # one layer of it
     "1.5b-3": Shape(1536, 8960, 3, 12, 2, 151936, tied=True, shards=1),
+    "1.5b-6": Shape(1536, 8960, 6, 12, 2, 151936, tied=True, shards=1),
     "7b": Shape(3584, 18944, 28, 28, 4, 152064, tied=False, shards=4),  # Qwen2.5-7B
+    "70b": Shape(8192, 28672, 80, 64, 8, 128256, tied=False, shards=30),  # Llama-3.1-70B
 }
 
 
@@ -106,21 +109,16 @@ def write_base(directory: Path, size: str, *, hollow: bool = False) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, size: str, base: Path, *, r: int = RANK) -> Path:
-    """Write an adapter on every linear layer, unless it is there."""
+def write_adapter(directory: Path, size: str, base: Path, *, r: int = RANK, hollow: bool = False) -> Path:
+    """Write an adapter on every linear layer, unless it is there; a hollow one has holes for factors, in bf16."""
     if (directory / "adapter_config.json").exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    shape, rng, tensors = SIZES[size], np.random.default_rng(1), {}
-    for layer in range(shape.layers):
-        for name, (rows, columns) in shape.linears.items():
-            module = f"base_model.model.model.layers.{layer}.{name}"
-            a = rng.standard_normal((r, columns), dtype=np.float32)
-            b = rng.standard_normal((rows, r), dtype=np.float32)
-            tensors[f"{module}.lora_A.weight"] = a
-            # 2·B·A, with this deviation of B, has 0.3 % of the weights' 0.02.
-            tensors[f"{module}.lora_B.weight"] = b * np.float32(0.003 * 0.02 / 2 / r**0.5)
-    save_file(tensors, directory / "adapter_model.safetensors")
+    shape, weights = SIZES[size], directory / "adapter_model.safetensors"
+    if hollow:
+        _write_shard(weights, _factors(shape, r), None)
+    else:
+        save_file(_random_factors(shape, r), weights)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -133,6 +131,23 @@ def write_adapter(directory: Path, size: str, base: Path, *, r: int = RANK) -> P
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
     return directory
+
+
+def _factors(shape: Shape, r: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in range(shape.layers):
+        for name, (rows, columns) in shape.linears.items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            found[f"{module}.lora_A.weight"], found[f"{module}.lora_B.weight"] = (r, columns), (rows, r)
+    return found
+
+
+def _random_factors(shape: Shape, r: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    tensors = {name: rng.standard_normal(form, dtype=np.float32) for name, form in _factors(shape, r).items()}
+    # 2·B·A, with this deviation of B, has 0.3 % of the weights' 0.02.
+    deviation = np.float32(0.003 * 0.02 / 2 / r**0.5)
+    return {name: one * deviation if "lora_B" in name else one for name, one in tensors.items()}
 
 
 def _split(tensors: dict[str, tuple[int, ...]], shards: int) -> list[list[str]]:

@@ -203,15 +203,11 @@ def shards_of(
             filename=file.filename,
             size_bytes=file.size_bytes,
             tensors=len(file.tensors),
-            changed=tuple(
-                piece.task.info.name
-                for piece in pieces_of(file, base, binding, view=view)
-                if isinstance(piece, Compute)
-            ),
+            changed=tuple(piece.task.info.name for piece in pieces if isinstance(piece, Compute)),
             layout_of=file.layout_of,
             header_sha256=hashlib.sha256(file.header).hexdigest(),
         )
-        for file in files
+        for file, pieces in pieces_of(files, base, binding, view=view)
     )
 
 
@@ -360,7 +356,7 @@ def _read_bytes(
     """Every byte of the base and of the adapters that the work asks for: where both are in a storage, once."""
     total = sum(header.data_start for header in base.shards.values())
     total += sum(adapter.header.file_bytes for adapter in stack.adapters)
-    for piece in (piece for file in files for piece in pieces_of(file, base, binding, view=view)):
+    for piece in (piece for _, pieces in pieces_of(files, base, binding, view=view) for piece in pieces):
         if isinstance(piece, Copy):
             total += piece.count
         elif isinstance(piece, Compute) and piece.task.source_info is not None:

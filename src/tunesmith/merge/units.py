@@ -6,7 +6,7 @@ A unit is a contiguous range of one output file.  It can run in any thread, proc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -163,23 +163,40 @@ class Unit:
     context: Context
 
 
-def pieces_of(file: OutputFile, base: Checkpoint, binding: Binding, *, view: BaseView | None = None) -> list[Piece]:
-    """All that makes one file, in the order of its bytes; what can be copied in one go is one piece.
+def pieces_of(
+    files: Sequence[OutputFile], base: Checkpoint, binding: Binding, *, view: BaseView | None = None
+) -> Iterator[tuple[OutputFile, list[Piece]]]:
+    """All that makes each file, in the order of its bytes; what can be copied in one go is one piece.
 
     Args:
-        file: the file's layout.
+        files: the layout.
         base: the base model.
         binding: what the adapters make of it.
         view: how the base is seen; None for as it is stored.
+
+    Yields:
+        A file and its pieces.
     """
-    by_name, neighbours = binding.by_name, beside(binding)
+    updates, neighbours = binding.by_name, beside(binding)  # once: a mixture of experts has tens of thousands
+    for file in files:
+        yield file, _pieces_of(file, base, updates, neighbours, view=view)
+
+
+def _pieces_of(
+    file: OutputFile,
+    base: Checkpoint,
+    updates: Mapping[str, tuple[Update, ...]],
+    neighbours: Mapping[str, tuple[LowRank, ...]],
+    *,
+    view: BaseView | None,
+) -> list[Piece]:
     pieces: list[Piece] = []
     if file.layout_of is None:
         pieces.append(Literal(file.header))
     else:
         pieces.append(Copy(str(base.shards[file.layout_of].path), 0, 0, len(file.header)))
     for info in file.tensors:
-        piece = piece_of(info, base, by_name.get(info.name, ()), neighbours.get(info.name, ()), view=view)
+        piece = piece_of(info, base, updates.get(info.name, ()), neighbours.get(info.name, ()), view=view)
         last = pieces[-1]
         if isinstance(piece, Copy) and isinstance(last, Copy) and _continues(last, piece):
             pieces[-1] = Copy(last.source, last.offset, last.begin, last.count + piece.count)
@@ -294,8 +311,7 @@ def units_of(
         whole: whether a file is one unit, as a storage's is written in order.
     """
     units = []
-    for file in files:
-        all_pieces = pieces_of(file, base, binding, view=view)
+    for file, all_pieces in pieces_of(files, base, binding, view=view):
         for pieces in [tuple(in_parts(all_pieces))] if whole else cut(all_pieces):
             begin, last = pieces[0].begin, pieces[-1]
             units.append(
