@@ -267,3 +267,14 @@ def test_usage_that_is_wrong(cli: Cli, run_dir: Path, arguments: list[str]) -> N
     assert (done.code, done.out) == (2, "")
     assert "Usage: " in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_conversation_with_two_servers_and_an_executor_without_one(cli: Cli, tiny: TinyRun) -> None:
+    """Each is refused before anything is asked or loaded."""
+    run, server = tiny.adapters["final"], "http://127.0.0.1:9/v1"
+    refused(
+        cli("chat", run, "--endpoint", server, "--endpoint", f"{server}/2", "--model", "m"), "one server", "compare"
+    )
+    refused(cli("compare", run, "--executor", "processes"), "--endpoint")
+    asked = ("--endpoint", server, "--model", "m", "--executor", "processes:1")
+    refused(cli("evaluate", run, *asked), "Ray cluster", "one process keeps hundreds of requests in flight")

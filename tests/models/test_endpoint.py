@@ -263,12 +263,20 @@ def test_prompts_over_the_window_are_all_named_and_the_others_answered(engine: E
     assert list(done) == [1]
 
 
-def test_thinking_is_put_back_where_models_write_it(engine: Endpoint) -> None:
+def test_thinking_is_put_back_where_models_write_it() -> None:
     """A server that takes thinking out of the text would make an answer look shorter than it is."""
     from tunesmith.models.endpoint.answers import Answer, Habits
+    from tunesmith.models.endpoint.refusals import Contact
 
     said: list[str] = []
-    answer = Answer(engine._contact, "m", prompt="p", settings=GREEDY, habits=Habits(), on_text=said.append)
+    answer = Answer(
+        Contact("http://127.0.0.1:9/v1", None, 1.0),
+        "m",
+        prompt="p",
+        settings=GREEDY,
+        habits=Habits(),
+        on_text=said.append,
+    )
     for delta in ({"reasoning_content": "I"}, {"reasoning_content": " think"}, {"content": "so"}, {"content": "."}):
         answer._take({"delta": delta})
     answer._take({"delta": {}, "finish_reason": "stop"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from tunesmith.api.engines import kept, load_engine, load_variants, remembering
@@ -20,7 +21,7 @@ from tunesmith.compare import (
 from tunesmith.compare import compare as compare_variants
 from tunesmith.conversations import Conversation, built_in_prompts
 from tunesmith.errors import DataError
-from tunesmith.models import BASE, GenerationSettings, LocalEngine
+from tunesmith.models import BASE, PARALLEL, GenerationSettings, LocalEngine
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.report import write_report as write_html
 from tunesmith.runs import FINAL, Run, as_run, checkpoint_of, held_out_rows
@@ -39,8 +40,10 @@ def compare(
     settings: GenerationSettings | None = None,
     max_prompts: int = SHOWN_PROMPTS,
     dtype: str = "auto",
-    endpoint: str | None = None,
+    endpoint: str | Sequence[str] | None = None,
     models: Sequence[str] = (),
+    parallel: int = PARALLEL,
+    executor: Executor | None = None,
     records: StrPath | None = None,
     fresh: bool = False,
     progress: ProgressCallback = no_progress,
@@ -62,6 +65,8 @@ def compare(
         dtype: of the arithmetic; ``auto`` is measured.
         endpoint: as for :func:`load_engine`.
         models: as there.
+        parallel: as there.
+        executor: as there.
         records: a directory for what is kept; None for the user's cache, where a server's answers are not kept.
         fresh: compute everything again.
         progress: told of the work's parts.
@@ -76,7 +81,15 @@ def compare(
     rows = rows_of(data) if data is not None else held_out_rows(run)
     asked = _apart(rows_of(prompts), rows) if prompts is not None else list(rows or built_in_prompts())[:max_prompts]
     loaded, infos = load_engine(
-        run, variants, base=base, dtype=dtype, endpoint=endpoint, models=models, progress=progress
+        run,
+        variants,
+        base=base,
+        dtype=dtype,
+        endpoint=endpoint,
+        models=models,
+        parallel=parallel,
+        executor=executor,
+        progress=progress,
     )
     engine = remembering(loaded, records, fresh=fresh)
     with kept(engine):

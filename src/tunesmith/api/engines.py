@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tunesmith.adapter import ADAPTER_CONFIG
 from tunesmith.api.places import StrPath, base_of
 from tunesmith.checkpoint import CONFIG_FILE, cache_dir
 from tunesmith.compare import VariantInfo
-from tunesmith.errors import BaseModelError, Cancelled, DataError, RunError
+from tunesmith.errors import BaseModelError, Cancelled, DataError, RunError, TunesmithError
 from tunesmith.models import (
     BASE,
+    PARALLEL,
     ComputeDtype,
     Endpoint,
     Engine,
@@ -101,8 +103,10 @@ def load_engine(
     base: str | None = None,
     dtype: str = "auto",
     quantization: str | None = None,
-    endpoint: str | None = None,
+    endpoint: str | Sequence[str] | None = None,
     models: Sequence[str] = (),
+    parallel: int = PARALLEL,
+    executor: Executor | None = None,
     memory_budget_bytes: int | None = None,
     progress: ProgressCallback = no_progress,
 ) -> tuple[Engine, list[VariantInfo]]:
@@ -116,8 +120,12 @@ def load_engine(
         dtype: of the arithmetic; ``auto`` is measured.
         quantization: quantize every model while it is loaded, by bitsandbytes: ``nf4``, ``fp4`` or ``int8``; adapters
             stay as they are.  None leaves models as they are.
-        endpoint: address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
+        endpoint: address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``; several addresses of
+            servers that hold the same models, which share the work.
         models: the server's models: ``NAME=MODEL`` where the variant is to have another name than the model.
+        parallel: how many requests are in flight at each server.
+        executor: whose workers ask the servers, a Ray cluster's, as :func:`executor_of` gives it; None for this
+            process.
         memory_budget_bytes: what complete models may take together; None for half of the memory that is free.
         progress: told of what is loaded.
 
@@ -129,17 +137,24 @@ def load_engine(
         RunError: the run has no such adapter.
         BaseModelError: the base cannot be found, or not be loaded so.
         MissingExtraError: what quantizes is not installed.
+        TunesmithError: an executor without a server, or that is not of a Ray cluster.
     """
     run = as_run(run, progress=progress)
-    if endpoint is not None:
+    endpoints = [endpoint] if isinstance(endpoint, str) else list(endpoint or ())
+    if endpoints:
         if quantization is not None:
             raise DataError(
                 "How a server loads its models is for its own command line.",
-                where=endpoint,
+                where=", ".join(endpoints),
                 found=f"--quantization {quantization}",
                 next_step="leave --quantization out",
             )
-        return _ask_server(run, endpoint, models, base)
+        return _ask_servers(run, endpoints, models, base, parallel=parallel, executor=executor)
+    if executor is not None:
+        raise TunesmithError(
+            "An executor runs requests to servers only.",
+            next_step="pass --endpoint with a server's address, or leave --executor out",
+        )
     if models:
         raise DataError("A model of a server is named, but no server.", next_step="pass --endpoint with its address")
     variants, infos = load_variants(
@@ -247,11 +262,21 @@ def kept(engine: RememberingEngine) -> Iterator[None]:
         raise
 
 
-def _ask_server(run: Run, endpoint: str, models: Sequence[str], base: str | None) -> tuple[Engine, list[VariantInfo]]:
+def _ask_servers(
+    run: Run,
+    endpoints: Sequence[str],
+    models: Sequence[str],
+    base: str | None,
+    *,
+    parallel: int,
+    executor: Executor | None,
+) -> tuple[Engine, list[VariantInfo]]:
     named = [_named(model) for model in models]
     if not named:
         raise DataError(
-            "No model of the server is named.", where=endpoint, next_step="pass --model with its name; repeat for more"
+            "No model of the server is named.",
+            where=", ".join(endpoints),
+            next_step="pass --model with its name; repeat for more",
         )
     infos = [VariantInfo(name=name or model, kind="endpoint", path=model) for name, model in named]
     _refuse_twice(infos)
@@ -260,7 +285,14 @@ def _ask_server(run: Run, endpoint: str, models: Sequence[str], base: str | None
     except BaseModelError:  # the server has it; only its template would have been of use, to score
         base_dir = Path(run.path)
     tokens = tokenizer_dir(run, run.checkpoints[-1], base_dir)
-    return Endpoint(endpoint, models={info.name: info.path for info in infos}, tokenizer_dir=tokens), infos
+    engine = Endpoint(
+        endpoints,
+        models={info.name: info.path for info in infos},
+        parallel=parallel,
+        tokenizer_dir=tokens,
+        executor=executor,
+    )
+    return engine, infos
 
 
 def _info(run: Run, name: str, base_dir: Path) -> VariantInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from tunesmith.api.comparing import answered_rows
@@ -10,7 +11,7 @@ from tunesmith.api.engines import kept, load_engine, remembering
 from tunesmith.api.places import Prompts, StrPath, output_file, rows_of, writing
 from tunesmith.compare import Evaluation, load_scorer, saved_adapters
 from tunesmith.compare import evaluate as evaluate_variants
-from tunesmith.models import BASE, GenerationSettings
+from tunesmith.models import BASE, PARALLEL, GenerationSettings
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
 from tunesmith.report import evaluation_markdown
 from tunesmith.report import write_report as write_html
@@ -33,8 +34,10 @@ def evaluate(
     max_new_tokens: int = 256,
     seed: int = 0,
     dtype: str = "auto",
-    endpoint: str | None = None,
+    endpoint: str | Sequence[str] | None = None,
     models: Sequence[str] = (),
+    parallel: int = PARALLEL,
+    executor: Executor | None = None,
     records: StrPath | None = None,
     fresh: bool = False,
     progress: ProgressCallback = no_progress,
@@ -62,6 +65,8 @@ def evaluate(
         dtype: of the arithmetic; ``auto`` is measured.
         endpoint: as for :func:`load_engine`; variants are then the server's ``models``.
         models: as there.
+        parallel: as there.
+        executor: as there.
         records: as for :func:`compare`.
         fresh: as there.
         progress: told of the work's parts.
@@ -77,7 +82,17 @@ def evaluate(
     rows = answered_rows(run, data)
     learned = rows_of(training) if training is not None else training_rows(run) or []
     named = list(variants) if variants is not None else [BASE, *_different(run)]
-    loaded, infos = load_engine(run, named, base=base, dtype=dtype, endpoint=endpoint, models=models, progress=progress)
+    loaded, infos = load_engine(
+        run,
+        named,
+        base=base,
+        dtype=dtype,
+        endpoint=endpoint,
+        models=models,
+        parallel=parallel,
+        executor=executor,
+        progress=progress,
+    )
     engine = remembering(loaded, records, fresh=fresh)
     with kept(engine):
         return evaluate_variants(
@@ -86,7 +101,7 @@ def evaluate(
             rows,
             run_name=run.name,
             rows_from="none" if not rows else "held_out" if data is None else "given",
-            choose=variants is None and endpoint is None,
+            choose=variants is None and not endpoint,
             training_rows=[row for row in learned if row.answer is not None],
             general=general,
             scorers=judges,

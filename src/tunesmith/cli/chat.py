@@ -79,6 +79,12 @@ def chat(
 
     Example: tunesmith chat out/security --checkpoint 200 --prompt "What is SQL injection?"
     """
+    if len(endpoint or ()) > 1:
+        raise ts.TunesmithError(
+            "A conversation is held with one server.",
+            found=", ".join(endpoint or ()),
+            next_step="pass --endpoint once; compare and evaluate ask several",
+        )
     for given in (prompt, system):
         _require_text(given or "")
     settings = ts.GenerationSettings(

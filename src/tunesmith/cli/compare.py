@@ -10,14 +10,16 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import (
+    AskingExecutorOption,
     BaseOption,
     DtypeOption,
-    EndpointOption,
+    EndpointsOption,
     FreshOption,
     JsonOption,
     MaxNewTokensOption,
     MinPOption,
     ModelsOption,
+    ParallelOption,
     RecordsOption,
     RepetitionPenaltyOption,
     RunArgument,
@@ -86,8 +88,10 @@ def compare(
         typer.Option("--vote", metavar="FILE", help="Show pairs blindly and keep your votes in a .jsonl file."),
     ] = None,
     dtype: DtypeOption = "auto",
-    endpoint: EndpointOption = None,
+    endpoint: EndpointsOption = None,
     models: ModelsOption = None,
+    parallel: ParallelOption = 8,
+    executor: AskingExecutorOption = None,
     records: RecordsOption = None,
     fresh: FreshOption = False,
     out: Annotated[
@@ -117,7 +121,7 @@ def compare(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    with progress_bar() as progress, stoppable() as cancellation:
+    with progress_bar() as progress, stoppable() as cancellation, ts.executor_of(executor) as pool:
         comparison = ts.compare(
             run,
             [name.strip() for name in variants.split(",") if name.strip()],
@@ -129,6 +133,8 @@ def compare(
             dtype=dtype,
             endpoint=endpoint,
             models=models or (),
+            parallel=parallel,
+            executor=pool,
             records=records,
             fresh=fresh,
             progress=progress,

@@ -9,12 +9,14 @@ import typer
 
 import tunesmith as ts
 from tunesmith.cli.options import (
+    AskingExecutorOption,
     BaseOption,
     DtypeOption,
-    EndpointOption,
+    EndpointsOption,
     FreshOption,
     JsonOption,
     ModelsOption,
+    ParallelOption,
     RecordsOption,
     RunArgument,
     SeedOption,
@@ -85,8 +87,10 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of every reply, in tokens.")] = 256,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
-    endpoint: EndpointOption = None,
+    endpoint: EndpointsOption = None,
     models: ModelsOption = None,
+    parallel: ParallelOption = 8,
+    executor: AskingExecutorOption = None,
     records: RecordsOption = None,
     fresh: FreshOption = False,
     out: Annotated[
@@ -103,7 +107,7 @@ def evaluate(
     """
     if out is not None:
         ts.output_file(out, suffixes=_FORMATS)
-    with progress_bar() as progress, stoppable() as cancellation:
+    with progress_bar() as progress, stoppable() as cancellation, ts.executor_of(executor) as pool:
         evaluation = ts.evaluate(
             run,
             [name.strip() for name in variants.split(",") if name.strip()] if variants else None,
@@ -119,6 +123,8 @@ def evaluate(
             dtype=dtype,
             endpoint=endpoint,
             models=models or (),
+            parallel=parallel,
+            executor=pool,
             records=records,
             fresh=fresh,
             progress=progress,

@@ -84,12 +84,32 @@ StopOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random numbers.")]
 EndpointOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--endpoint",
         metavar="URL",
         help="Ask an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) instead of loading models. "
         "OPENAI_API_KEY is honoured.",
+    ),
+]
+EndpointsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Ask an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) instead of loading models. Repeat for "
+        "several servers with the same models, which share the work. OPENAI_API_KEY is honoured.",
+    ),
+]
+ParallelOption = Annotated[
+    int, typer.Option("--parallel", min=1, help="How many requests are in flight at each server.")
+]
+AskingExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="ADDRESS",
+        help="Who asks the servers: ray or ray://HOST:PORT, a Ray Data job on a cluster. Default: this process.",
     ),
 ]
 ModelsOption = Annotated[

@@ -48,7 +48,7 @@ def on_ray(address: str | None) -> Iterator[RayExecutor]:
         raise MissingExtraError("Running on Ray", "ray", "ray") from error
     joined = not (ray.is_initialized() and address is None)
     if joined:
-        with _quietly(), _handlers_kept():
+        with quietly(), _handlers_kept():
             _join(ray, address or os.environ.get("RAY_ADDRESS"))
     executor = RayExecutor()
     try:
@@ -59,7 +59,7 @@ def on_ray(address: str | None) -> Iterator[RayExecutor]:
             executor.shutdown(cancel_futures=True)
         finally:
             if joined:
-                with _quietly():
+                with quietly():
                     ray.shutdown()
 
 
@@ -90,15 +90,17 @@ def _join(ray: Any, address: str | None) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Ray's notes of what it starts and ends."""
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quietly() -> Iterator[None]:
+    """Without Ray's notes of what it starts and ends, Ray Data's among them."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

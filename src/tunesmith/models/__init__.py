@@ -17,7 +17,7 @@ from tunesmith.models.compute import (
     flops_per_s,
     free_bytes,
 )
-from tunesmith.models.endpoint import Endpoint
+from tunesmith.models.endpoint import PARALLEL, Endpoint
 from tunesmith.models.engine import (
     Capabilities,
     Engine,
@@ -36,6 +36,7 @@ from tunesmith.models.variants import BASE, Variant, VariantSet
 
 __all__ = [
     "BASE",
+    "PARALLEL",
     "Capabilities",
     "ComputeDtype",
     "Endpoint",

@@ -134,7 +134,8 @@ class Capabilities(Part):
 
     Attributes:
         kind: ``local``, or a server's ``endpoint``.
-        where: the device, or the server's address.
+        where: the device, or the server's address; of several servers all of them.
+        servers: the addresses of several servers that share the work; empty for one, and for a device.
         dtype: of weights and activations, such as ``float32``; None where an endpoint does not tell.
         scores: whether it can tell the likelihood of given tokens.
         findings: what it cannot do, or does in a way that is to be known of.
@@ -142,6 +143,7 @@ class Capabilities(Part):
 
     kind: Literal["local", "endpoint"]
     where: str
+    servers: tuple[str, ...] = ()
     dtype: str | None = None
     scores: bool = True
     findings: tuple[Finding, ...] = ()

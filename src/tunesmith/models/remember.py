@@ -3,6 +3,9 @@
 Every variant has a file of its own, named by its identity: a hash of weights, tokenizer and arithmetic.  A line's key
 is a hash of what was asked.  So nothing that has changed is ever taken for what it was, and the base is scored once for
 all the runs that were tuned from it.
+
+A server's variant is known by the server's address and its own name.  Servers that were asked together were seen to
+hold the same: their files name each other, and what any of them answered is found, whichever is asked later.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from tunesmith.progress import Cancellation, Progress, ProgressCallback, no_prog
 Answer = TypeVar("Answer", Generation, RowScore)
 
 _FORMAT = "1"  # of the keys and the lines
+_ALIKE = "servers alike"  # the key of the line that names the files of servers that hold the same
 
 
 class RememberingEngine:
@@ -58,6 +62,7 @@ class RememberingEngine:
         self.remembered = self.written = 0
         self._directory, self._named, self._fresh = directory, named, fresh
         self._lines: dict[Path, dict[str, dict[str, Any]]] = {}
+        self._alike: dict[str, tuple[Path, ...]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,11 +127,11 @@ class RememberingEngine:
         cancellation: Cancellation | None = None,
     ) -> dict[str, list[RowScore]]:
         """Score every row under every variant: see :meth:`tunesmith.models.engine.Engine.score`."""
-        compared = self._place(reference) if reference is not None else None
+        compared = self._compared_with(reference) if reference is not None else ""
         result: dict[str, dict[int, RowScore]] = {}
         keys: dict[str, list[str]] = {}
         for name in names:
-            about = str(compared.name) if compared is not None and name != reference else ""
+            about = compared if name != reference else ""
             keys[name] = [_key("score", about, row.model_dump_json(exclude={"id"})) for row in rows]
             found = {i: self._find(name, key, RowScore) for i, key in enumerate(keys[name])}
             result[name] = {i: replace(one, id=rows[i].id) for i, one in found.items() if one is not None}
@@ -154,19 +159,50 @@ class RememberingEngine:
             before = sum(len(found) for found in result.values())
         return {name: [result[name][i] for i in range(len(rows))] for name in names}
 
+    def _compared_with(self, reference: str) -> str:
+        """What a divergence is from, as a part of keys; no server's address, for another may answer the next time."""
+        place = self._place(reference)
+        return "" if place is None else place.name if self.engine.identity(reference) is not None else reference
+
     def _place(self, variant: str) -> Path | None:
-        """Where a variant's lines are; None where nobody can say which variant it is."""
-        identity = self.engine.identity(variant)
-        if identity is None and self._named:
-            identity = hashlib.sha256(f"{self.engine.capabilities.where}\n{variant}".encode()).hexdigest()
-        return None if identity is None else self._directory / f"{identity[:32]}.jsonl"
+        """Where a variant's new lines go; None where nobody can say which variant it is."""
+        return next(iter(self._places(variant)), None)
+
+    def _places(self, variant: str) -> tuple[Path, ...]:
+        """The files of a variant: of several servers that hold it one each."""
+        if variant not in self._alike:
+            identity = self.engine.identity(variant)
+            named = [identity] if identity is not None else self._by_address(variant) if self._named else []
+            self._alike[variant] = tuple(self._directory / f"{one[:32]}.jsonl" for one in named)
+            self._join(variant)
+        return self._alike[variant]
+
+    def _by_address(self, variant: str) -> list[str]:
+        known = self.engine.capabilities
+        places = known.servers or (known.where,)
+        return [hashlib.sha256(f"{place}\n{variant}".encode()).hexdigest() for place in places]
+
+    def _join(self, variant: str) -> None:
+        """Read whatever servers answered that hold the same, and say in each file of these which others do."""
+        ours = self._alike[variant]
+        if not ours:
+            return
+        known, found, named = dict[str, dict[str, Any]](), list(ours), dict[Path, set[str]]()
+        for place in found:  # it grows
+            lines = _read(place)
+            named[place] = {Path(str(name)).name for name in lines.pop(_ALIKE, {}).get("files", ())}
+            found += [other for name in sorted(named[place]) if (other := self._directory / name) not in found]
+            known = lines | known
+        self._lines[ours[0]] = known
+        for place in ours if len(ours) > 1 else ():
+            others = {one.name for one in found if one != place}
+            if not others <= named[place]:
+                self._append(place, _ALIKE, {"files": sorted(others)})
 
     def _find(self, variant: str, key: str, kind: type[Answer]) -> Answer | None:
         place = self._place(variant)
         if place is None or self._fresh:
             return None
-        if place not in self._lines:
-            self._lines[place] = _read(place)
         line = self._lines[place].get(key)
         try:
             found = None if line is None else TypeAdapter(kind).validate_python(line)
@@ -177,19 +213,23 @@ class RememberingEngine:
 
     def _write(self, variant: str, key: str, answer: dict[str, Any]) -> None:
         place = self._place(variant)
-        if place is None:
-            return
+        if place is not None:
+            self.written += self._append(place, key, answer)
+
+    def _append(self, place: Path, key: str, answer: dict[str, Any]) -> bool:
+        """Add a line to a file; False where that cannot be done: what cannot be kept is asked again."""
         line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n"
-        with suppress(OSError):  # what cannot be kept is asked again
+        with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(place, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 # A line that a kill cut short is to stay alone; a line is one write, so that two processes mix none.
                 whole = line if _ends_whole(descriptor) else f"\n{line}"
                 os.write(descriptor, whole.encode("utf-8", "surrogatepass"))
-                self.written += 1
+                return True
             finally:
                 os.close(descriptor)
+        return False
 
 
 def _ends_whole(descriptor: int) -> bool:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from tunesmith.errors import Cancelled
 from tunesmith.models.endpoint.refusals import RETRIES, Contact, Refusal, refusal, silent, transport_errors
 from tunesmith.progress import Cancellation
 
-_GLANCE_S = 0.02  # how often the wish to stop is read while nothing arrives
+GLANCE_S = 0.02  # how often the wish to stop is read while nothing arrives
 _CONNECT_S = 10.0
 
 ResultT = TypeVar("ResultT")
@@ -91,39 +92,6 @@ class Call:
         return self._late
 
 
-async def fly(client: Any, calls: Iterable[Call], *, parallel: int, cancellation: Cancellation) -> None:
-    """Run every call, some at once; after a final refusal, or on request, no more is begun.
-
-    Args:
-        client: an asynchronous ``openai`` client.
-        calls: what is asked.
-        parallel: how many are in flight at most.
-        cancellation: on request, those in flight end at once.
-    """
-    waiting, running = iter(calls), dict[asyncio.Task[None], Call]()
-    begin = True
-    try:
-        while True:
-            while begin and len(running) < parallel and (call := next(waiting, None)) is not None:
-                running[asyncio.create_task(call.run(client))] = call
-            if not running:
-                return
-            finished, _ = await asyncio.wait(running, timeout=_GLANCE_S, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
-                refused = running.pop(task).refused
-                task.result()
-                begin = begin and not (refused is not None and refused.final)
-            if cancellation.requested:
-                return
-            for task, call in running.items():
-                if call.too_late():
-                    task.cancel()
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-
-
 async def unless_cancelled(work: Coroutine[Any, Any, ResultT], cancellation: Cancellation) -> ResultT:
     """Wait for work, or for the wish to stop.
 
@@ -133,7 +101,7 @@ async def unless_cancelled(work: Coroutine[Any, Any, ResultT], cancellation: Can
     task = asyncio.create_task(work)
     try:
         while not task.done():
-            await asyncio.wait({task}, timeout=_GLANCE_S)
+            await asyncio.wait({task}, timeout=GLANCE_S)
             if cancellation.requested:
                 raise Cancelled
         return task.result()
@@ -142,30 +110,33 @@ async def unless_cancelled(work: Coroutine[Any, Any, ResultT], cancellation: Can
         await asyncio.gather(task, return_exceptions=True)
 
 
-def run(contact: Contact, work: Callable[[Any], Coroutine[Any, Any, ResultT]]) -> ResultT:
-    """Do asynchronous work with a client of its own; every connection and thread is gone afterwards.
+def run(contacts: Sequence[Contact], work: Callable[[list[Any]], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    """Do asynchronous work with clients of its own; every connection and thread is gone afterwards.
 
     Args:
-        contact: the server.
-        work: is given the client.
+        contacts: the servers.
+        work: is given a client of each.
     """
 
     async def main() -> ResultT:
-        import openai
-
-        patience = openai.Timeout(contact.timeout_s, connect=min(_CONNECT_S, contact.timeout_s))
-        async with openai.AsyncOpenAI(
-            base_url=contact.url,
-            api_key=contact.api_key or "none",  # the library insists on one; servers that need none ignore it
-            timeout=patience,
-            max_retries=RETRIES,
-        ) as client:
-            return await work(client)
+        async with AsyncExitStack() as stack:
+            return await work([await stack.enter_async_context(_client(contact)) for contact in contacts])
 
     if not _in_a_loop():
         return asyncio.run(main())
     with ThreadPoolExecutor(1) as beside:  # a notebook's loop runs in this thread already
         return beside.submit(lambda: asyncio.run(main())).result()
+
+
+def _client(contact: Contact) -> Any:
+    import openai
+
+    return openai.AsyncOpenAI(
+        base_url=contact.url,
+        api_key=contact.api_key or "none",  # the library insists on one; servers that need none ignore it
+        timeout=openai.Timeout(contact.timeout_s, connect=min(_CONNECT_S, contact.timeout_s)),
+        max_retries=RETRIES,
+    )
 
 
 def _in_a_loop() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,16 +30,61 @@ _SCORED = "The cat sat on the mat, and the dog lay beside it."
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a model says to the probe's question, by which it is told from other models.
+
+    Attributes:
+        text: its greedy answer; None where there is none.
+        prompt_tokens: how many tokens the question has; None where the server does not tell.
+        log_probs: the likelihood of the probe's row, in nats a token; None where that cannot be had.
+    """
+
+    text: str | None
+    prompt_tokens: int | None
+    log_probs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
 class Probed:
     """What was found out.
 
     Attributes:
         habits: what requests must be like.
         findings: what a person must know.
+        said: what each model says, by its id; empty for a server that is alone.
     """
 
     habits: Habits
     findings: tuple[Finding, ...]
+    said: Mapping[str, Said]
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """A short row whose likelihood is asked for.
+
+    Attributes:
+        encoded: its token ids, and which of them count.
+        text: the same as text.
+        pieces: the text of every token, to hold a server's tokens against them.
+    """
+
+    encoded: Encoded
+    text: str
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ProbeRow:
+        """The row in a tokenizer's tokens.
+
+        A conversation where there can be one: llama-cpp-python leaves its first special token out.
+        """
+        turns = (Message(role="user", content=_SCORED), Message(role="assistant", content=_SCORED))
+        talk = getattr(tokenizer, "chat_template", None) is not None
+        row = encoded(tokenizer, Conversation(id="probe", messages=turns) if talk else Text(id="probe", text=_SCORED))
+        ids = row.input_ids
+        pieces = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)
+        return cls(row, tokenizer.decode(ids, skip_special_tokens=False), pieces)
 
 
 class Probe:
@@ -50,11 +95,21 @@ class Probe:
         contact: the server.
         models: the ids of all models that will be asked; the first is probed.
         parallel: how many requests the server is sent at once.
-        tokenizer: the models' tokenizer; None where likelihoods are not wanted.
+        row: what is scored; None where likelihoods are not wanted.
+        fleet: whether there are other servers, with which what the models say is to be compared.
     """
 
-    def __init__(self, client: Any, contact: Contact, *, models: Sequence[str], parallel: int, tokenizer: Any) -> None:
-        self._client, self._contact, self._models, self._tokenizer = client, contact, models, tokenizer
+    def __init__(
+        self,
+        client: Any,
+        contact: Contact,
+        *,
+        models: Sequence[str],
+        parallel: int,
+        row: ProbeRow | None,
+        fleet: bool = False,
+    ) -> None:
+        self._client, self._contact, self._models, self._row, self._fleet = client, contact, models, row, fleet
         self._gate, self._alone = asyncio.Semaphore(parallel), parallel == 1
         self._findings: list[Finding] = []
         self._habits = Habits(usage=False)
@@ -73,7 +128,19 @@ class Probe:
         await self._effects()
         await self._scoring()
         await self._mixing()
-        return Probed(self._habits, tuple(self._findings))
+        said = {model: await self._said(model) for model in dict.fromkeys(self._models)} if self._fleet else {}
+        return Probed(self._habits, tuple(self._findings), said)
+
+    async def _said(self, model: str) -> Said:
+        """What a model says, asked alone."""
+        answer = self._answer(model=model)
+        await self._all([answer])
+        told = await self._likelihoods([model], self._habits.scoring) if self._habits.scoring else []
+        return Said(
+            text=answer.text if answer.refused is None else None,
+            prompt_tokens=answer.usage[1] if answer.refused is None and answer.usage else None,
+            log_probs=told[0].score("").log_probs if told and told[0].done else None,
+        )
 
     def _say(self, finding: Finding) -> None:
         self._findings.append(finding)
@@ -218,36 +285,27 @@ class Probe:
 
     async def _scoring(self) -> None:
         """Whether the likelihood of given tokens can be had."""
-        if self._tokenizer is None:
+        if self._row is None:
             self._say(Finding(code="endpoint_no_tokenizer", severity="info"))
             return
-        # A conversation where there can be one: llama-cpp-python leaves its first special token out.
-        turns = (Message(role="user", content=_SCORED), Message(role="assistant", content=_SCORED))
-        talk = getattr(self._tokenizer, "chat_template", None) is not None
-        row = encoded(
-            self._tokenizer, Conversation(id="probe", messages=turns) if talk else Text(id="probe", text=_SCORED)
-        )
-        text = self._tokenizer.decode(row.input_ids, skip_special_tokens=False)
-        self._row, self._text = row, text
         forms: tuple[Scoring, ...] = ("echo", "prompt_logprobs", "echo text")
         for form in forms if self._habits.plain else ():
             # One after another: a server that lacks a form may do more at once than it can bear.
-            if (await self._likelihoods([self._models[0]], form, pieces=self._pieces(row)))[0].done:
+            if (await self._likelihoods([self._models[0]], form, pieces=self._row.pieces))[0].done:
                 self._habits = replace(self._habits, scoring=form)
                 self._say(Finding(code="endpoint_no_kl", severity="info"))
                 return
         self._say(Finding(code="endpoint_no_scores", severity="warning"))
 
-    def _pieces(self, row: Encoded) -> list[str]:
-        """The text of every token, to hold a server's tokens against them."""
-        return [self._tokenizer.decode([token], skip_special_tokens=False) for token in row.input_ids]
-
     async def _likelihoods(
         self, models: Sequence[str], form: Scoring, *, pieces: Sequence[str] | None = None
     ) -> list[Likelihood]:
         """The likelihood of one row, from every model at once."""
+        row = self._row
+        if row is None:
+            return []
         calls = [
-            Likelihood(self._contact, model, row=self._row, text=self._text, scoring=form, pieces=pieces)
+            Likelihood(self._contact, model, row=row.encoded, text=row.text, scoring=form, pieces=pieces)
             for model in models
         ]
         await self._all(calls)

@@ -170,14 +170,13 @@ def broken_off(contact: Contact, found: str) -> Refusal:
     )
 
 
-def raise_all(failures: Sequence[tuple[str, Refusal]], *, undone: int, total: int, contact: Contact) -> None:
+def raise_all(failures: Sequence[tuple[str, Refusal]], *, undone: int, total: int) -> None:
     """Raise one error for all requests that failed; nothing where none did.
 
     Args:
         failures: what each was about, and why it failed.
         undone: how many requests have no answer, those that were not begun included.
         total: how many requests there were.
-        contact: the server.
 
     Raises:
         PromptError: all failed because they do not fit the context window.
@@ -194,7 +193,7 @@ def raise_all(failures: Sequence[tuple[str, Refusal]], *, undone: int, total: in
         details = [*details[:_SHOWN_ROWS], f"… and {len(details) - _SHOWN_ROWS} more"]
     raise type(first)(
         f"{first.what} {undone} of {total} requests have no answer.",
-        where=contact.where,
+        where=", ".join(dict.fromkeys(error.where for error in errors if error.where and error.what == first.what)),
         expected=first.expected,
         details=details,
         next_step=first.next_step,
