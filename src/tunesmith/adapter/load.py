@@ -275,6 +275,8 @@ class Adapter:
     def _parameter(self, module: str, depth: int, pairs: dict[tuple[str, int], dict[str, str]]) -> str | None:
         """Which parameter of the module a pair adapts: the innermost wrapper is the first that is registered."""
         parameters = targeted_parameters(self.config, module)
+        if not parameters:  # as of most adapters, of which a mixture's have tens of thousands of modules
+            return None
         depths = sorted((other for name, other in pairs if name == module), reverse=True)
         if len(parameters) == len(depths):
             return parameters[depths.index(depth)]

@@ -6,11 +6,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tunesmith.adapter.bind import Binder, Bound, replicated_layers
 from tunesmith.adapter.heads import HEADED_TASKS, LABELLED_TASKS, label_names, tuned_class
-from tunesmith.adapter.load import Adapter
+from tunesmith.adapter.load import ADAPTER_CONFIG, Adapter
 from tunesmith.adapter.places import Places, layer_of
 from tunesmith.adapter.records import (
     Added,
@@ -23,7 +24,7 @@ from tunesmith.adapter.records import (
     Update,
 )
 from tunesmith.adapter.ties import Ties
-from tunesmith.checkpoint import Array, Checkpoint, Float64, Header, TensorInfo, read_rows
+from tunesmith.checkpoint import Array, Checkpoint, Float64, Header, TensorInfo, read_rows, stamp_of
 from tunesmith.errors import AdapterError, AdapterMismatchError, UnsupportedAdapterError
 from tunesmith.record import Finding, Value
 
@@ -53,6 +54,17 @@ class Stack:
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             if not math.isfinite(weight):
                 raise AdapterError("An adapter's weight is not a finite number.", where=adapter.path, found=weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker go the paths, and it opens them once; whether it finds the same there, the binding tells."""
+        paths = (str(adapter.path.absolute()) for adapter in self.adapters)
+        return _opened, (tuple(zip(paths, self.weights, strict=True)), self._stamps)
+
+    @cached_property
+    def _stamps(self) -> str:
+        """What changes when an adapter is written anew, for one that is open keeps some of its tensors."""
+        files = [path for one in self.adapters for path in (one.path / ADAPTER_CONFIG, one.header.path)]
+        return repr([stamp_of(file) for file in files])
 
     def bind(self, base: Checkpoint, *, base_is_residual: bool = False) -> Binding:
         """What the adapters make of a base.
@@ -331,3 +343,8 @@ def check_base_form(base: Checkpoint) -> None:
 def _some(problems: Sequence[str]) -> list[str]:
     more = len(problems) - _SHOWN
     return [*problems[:_SHOWN], *([f"… and {more} more"] if more > 0 else [])]
+
+
+@lru_cache(maxsize=4)
+def _opened(adapters: tuple[tuple[str, float], ...], stamps: str) -> Stack:  # noqa: ARG001 - a key of the cache
+    return Stack(adapters)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import astuple
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -112,6 +115,21 @@ class Checkpoint:
             raise self._no_weights()
         self._tensors = {name: info for header in self.shards.values() for name, info in header.tensors.items()}
         self._shard_of = {name: shard for shard, header in self.shards.items() for name in header.tensors}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """To a worker goes the path, and what tells whether the worker finds the same there; it opens it once."""
+        if type(self) is not Checkpoint:
+            return super().__reduce_ex__(protocol)
+        return _opened, (str(self.path.absolute()), self._identity)
+
+    @cached_property
+    def _identity(self) -> str:
+        """A hash of every header."""
+        text = [
+            [shard, header.data_start, header.file_bytes, [astuple(info) for info in header.tensors.values()]]
+            for shard, header in self.shards.items()
+        ]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
     @property
     def indexed(self) -> bool:
@@ -223,6 +241,14 @@ class Checkpoint:
             expected=f"{SINGLE_FILE} or {INDEX_FILE}",
             found=", ".join(sorted(file.name for file in self.path.iterdir())[:10]) or "an empty directory",
         )
+
+
+@lru_cache(maxsize=4)
+def _opened(path: str, identity: str) -> Checkpoint:
+    found = Checkpoint(path)
+    if found._identity != identity:
+        raise CheckpointError("A worker finds another model there than was sent to it.", where=path)
+    return found
 
 
 def read_rows(header: Header, name: str, start: int = 0, stop: int | None = None) -> Array:

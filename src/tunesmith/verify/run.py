@@ -123,7 +123,7 @@ class Verification:
         """
         stack = Stack([(adapter, self.weight), *self.others])
         binding = stack.bind(self.base, base_is_residual=self.base_is_residual)
-        return Expectation(self.base, stack, binding, view=self.base_view)
+        return Expectation(self.base, stack, binding, view=self.base_view, base_is_residual=self.base_is_residual)
 
     def structure(self) -> list[Finding]:
         """Level 1."""

@@ -18,17 +18,18 @@ Legend: R rank, T rows of the tile, C columns.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
 from tunesmith.adapter import Added, Binding, Copied, LowRank, Magnitude, Replaced, Rows, Stack, Update
 from tunesmith.checkpoint import FLOAT_DTYPES, Array, Checkpoint, Float64, Header, TensorInfo, as_float64, read_rows
-from tunesmith.errors import UnsupportedAdapterError
+from tunesmith.errors import CheckpointError, UnsupportedAdapterError
 from tunesmith.verify.weights.rounding import DOUBLE, SINGLE, SMALLEST, UNIT_ROUNDOFF, to_dtype
 
 _TILE_ELEMENTS = 1 << 16
@@ -124,18 +125,37 @@ class Expectation:
         stack: the adapters.
         binding: what they make of the base.
         view: how the base is to be seen; None for as it is stored.
+        base_is_residual: whether the adapters were bound so.
 
     Attributes:
         updates: the updates by tensor.
         names: every tensor, in the base's order, then the new ones.
     """
 
-    def __init__(self, base: Checkpoint, stack: Stack, binding: Binding, *, view: StartView | None = None) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        stack: Stack,
+        binding: Binding,
+        *,
+        view: StartView | None = None,
+        base_is_residual: bool = False,
+    ) -> None:
         self.base, self.stack, self.binding, self.view = base, stack, binding, view
+        self._base_is_residual = base_is_residual
         self.updates: Mapping[str, tuple[Update, ...]] = binding.by_name
         self.infos = base.tensors
         kept = [name for name in self.infos if name not in binding.dropped]
         self.names = (*kept, *(name for name in self.updates if name not in self.infos))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker goes what it is made of; it is made there once, and not sent with each of 90,000 parts."""
+        return _made, (self.base, self.stack, self.view, self._base_is_residual, self._identity)
+
+    @cached_property
+    def _identity(self) -> str:
+        """A hash of the binding."""
+        return hashlib.sha256(self.binding.model_dump_json().encode()).hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that a tensor should have."""
@@ -154,6 +174,15 @@ class Expectation:
         """
         chosen = self.updates.get(name, ()) if updates is None else updates
         return Expected(self, name, chosen, factors=factors or self.stack.factors)
+
+
+@lru_cache(maxsize=2)
+def _made(base: Checkpoint, stack: Stack, view: StartView | None, base_is_residual: bool, identity: str) -> Expectation:
+    binding = stack.bind(base, base_is_residual=base_is_residual)
+    found = Expectation(base, stack, binding, view=view, base_is_residual=base_is_residual)
+    if found._identity != identity:
+        raise CheckpointError("A worker finds another adapter there than was sent to it.", where=stack.adapters[0].path)
+    return found
 
 
 class Expected:
