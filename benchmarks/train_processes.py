@@ -1,6 +1,6 @@
 """Two processes against one with as many rows a step: loss by loss, the adapter, and what another seed changes.
 
-    python benchmarks/train_processes.py [--processes 2] [--steps 24] [--rows-a-step 4]
+    python benchmarks/train_processes.py [--processes 2] [--steps 18] [--rows-a-step 4]
 
 It trains on the embedded model and prints the largest differences, with the seconds that each training took.  What
 another seed changes stands beside them, as the measure of what matters.
@@ -76,7 +76,7 @@ def main() -> None:
     """Train three times, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--rows-a-step", type=int, default=4)
     parser.add_argument("--base", default="demo")
     asked = parser.parse_args()

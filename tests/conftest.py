@@ -37,6 +37,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup`` one worker has the clusters, which would find each other, and another the browser."""
+    for item in items:
+        for name in ("cluster", "browser"):
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 def pytest_collection() -> None:
     """Libraries and tests are a million objects that stay: the collector would walk them 20 times for nothing."""
     gc.disable()

@@ -142,6 +142,7 @@ def test_packed_rows_are_fewer_steps_over_the_same_rows(
         assert rows[-1]["current_steps"] == 24
 
 
+@pytest.mark.slow  # test_processes.py has the same by torchrun
 def test_two_processes_train_as_one_with_twice_the_batch(
     fit_recipe: Fit, base_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:

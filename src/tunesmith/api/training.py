@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from tunesmith.report import eval_loss_png, finding_text, loss_png
 from tunesmith.runs import Run, open_run
 
 if TYPE_CHECKING:
-    from tunesmith.train import Machine, Recipe, RecipeKey, RecipeText, RowPreview, TrainingPlan
+    from tunesmith.train import Machine, Peers, Recipe, RecipeKey, RecipeText, RowPreview, TrainingPlan
 
 _PICTURES = (("training_loss.png", loss_png), ("training_eval_loss.png", eval_loss_png))
 
@@ -31,7 +33,8 @@ def train(
 ) -> Run:
     """Tune a LoRA adapter as a recipe says.
 
-    Under ``accelerate launch`` several processes train together; the first of them writes.
+    Under ``torchrun`` or ``accelerate launch`` several processes train together: the first of them writes, and an error
+    is raised by one of them; in the others it is :class:`SystemExit` with its exit code.
 
     Args:
         recipe: a YAML file, or a run that was made from one.
@@ -51,30 +54,34 @@ def train(
         MissingExtraError: the extra ``train`` is not installed.
         Cancelled: that was asked for; it says how to go on.
     """
-    from tunesmith.train import check_installed, is_main_process
+    from tunesmith.train import check_installed, is_main_process, refuse_unbuilt_launch, together
     from tunesmith.train import train as fit
 
-    check_installed()
     keep_few_kernels()
-    parsed, base = _read(recipe, overrides, resume=resume, progress=progress)
-    machine, note = _machine(parsed)
-    run_dir = fit(
-        _at(parsed, base),
-        base_dir=base,
-        base_name=parsed.model_name_or_path,
-        base_sha256=weights_sha256(base),
-        machine=machine,
-        dtype_note=note,
-        told=lambda what: told(what if isinstance(what, str) else finding_text(what)),
-        progress=progress,
-        cancellation=cancellation,
-    )
-    run = open_run(run_dir)
-    for filename, draw in _PICTURES if parsed.plot_loss and is_main_process() else ():
-        picture = draw(run)
-        if picture is not None:
-            (run_dir / filename).write_bytes(picture)
-    return open_run(run_dir)
+    progress = progress if is_main_process() else no_progress
+    with together() as peers:
+        check_installed()
+        refuse_unbuilt_launch()
+        parsed, base = _read(recipe, overrides, resume=resume, progress=progress)
+        machine, note = _agreed(peers, *_machine(parsed))
+        run_dir = fit(
+            _at(parsed, base),
+            base_dir=base,
+            base_name=parsed.model_name_or_path,
+            base_sha256=weights_sha256(base),
+            machine=machine,
+            dtype_note=note,
+            peers=peers,
+            told=lambda what: told(what if isinstance(what, str) else finding_text(what)),
+            progress=progress,
+            cancellation=cancellation,
+        )
+        run = open_run(run_dir)
+        for filename, draw in _PICTURES if parsed.plot_loss and is_main_process() else ():
+            picture = draw(run)
+            if picture is not None:
+                (run_dir / filename).write_bytes(picture)
+        return open_run(run_dir)
 
 
 def plan_training(
@@ -98,21 +105,26 @@ def plan_training(
         MissingExtraError: the extra ``train`` is not installed.
     """
     from tunesmith.models import flops_per_s
-    from tunesmith.train import check_installed
+    from tunesmith.train import check_installed, is_main_process, refuse_unbuilt_launch, together
     from tunesmith.train import plan_training as plan
 
-    check_installed()
-    parsed, base = _read(recipe, overrides, resume=False, progress=progress)
-    machine, note = _machine(parsed)
-    return plan(
-        parsed,
-        base,
-        machine,
-        flops_per_s=flops_per_s(machine.dtype, machine.device),
-        dtype_note=note,
-        progress=progress,
-        cancellation=cancellation,
-    )
+    progress = progress if is_main_process() else no_progress
+    with together() as peers:
+        check_installed()
+        refuse_unbuilt_launch()
+        parsed, base = _read(recipe, overrides, resume=False, progress=progress)
+        machine, note = _agreed(peers, *_machine(parsed))
+        planned = plan(
+            parsed,
+            base,
+            machine,
+            flops_per_s=flops_per_s(machine.dtype, machine.device),
+            dtype_note=note,
+            progress=progress,
+            cancellation=cancellation,
+        )
+        peers.agree("planned")
+        return planned
 
 
 def read_recipe(text: str, overrides: Sequence[str] = ()) -> RecipeText:
@@ -190,9 +202,19 @@ def _at(recipe: Recipe, base: Path) -> Recipe:
 def _machine(recipe: Recipe) -> tuple[Machine, str | None]:
     """What a recipe is trained on, and why its number format is another than it wishes for."""
     from tunesmith.models import free_bytes
-    from tunesmith.train import Machine, dtype_note
+    from tunesmith.train import Machine, dtype_note, local_processes
 
     compute = compute_dtype(recipe.dtype)
     device = "cpu" if recipe.use_cpu else compute.device
     note = dtype_note(recipe, compute.dtype, gemm_ms=compute.gemm_ms)
-    return Machine(dtype=compute.dtype, device=device, free_bytes=free_bytes(device)), note
+    free = free_bytes(device)
+    if device == "cpu":  # its processes share that; GPUs have their own
+        free //= local_processes()
+    return Machine(dtype=compute.dtype, device=device, free_bytes=free), note
+
+
+def _agreed(peers: Peers, machine: Machine, note: str | None) -> tuple[Machine, str | None]:
+    """The number format that the first process measured, and the least memory of all: every one does the same."""
+    told = [json.loads(one) for one in peers.agree("machine", json.dumps([machine.dtype, machine.free_bytes, note]))]
+    dtype, _, note = told[0]
+    return replace(machine, dtype=dtype, free_bytes=min(free for _, free, _ in told)), note

@@ -140,6 +140,9 @@ def main() -> NoReturn:
     except (BrokenPipeError, _ReaderGone):
         _drop_output()
         sys.exit(_READER_GONE)
+    except SystemExit:
+        _end_undisturbed()
+        raise
     except Exception as error:  # noqa: BLE001 - what is not the user's to mend is raised again
         _fail(error)
     sys.exit(0)
@@ -157,6 +160,7 @@ def _fail(error: Exception) -> NoReturn:
         raise error
     from tunesmith.cli.output import show_error
 
+    _end_undisturbed()
     show_error(error, as_json="--json" in sys.argv)
     _drop_output()
     sys.exit(error.exit_code)
@@ -174,6 +178,12 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _end_undisturbed() -> None:
+    """End with one's own exit code, though a launcher of several processes ends all of them when one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _stopped(kept: str = "") -> NoReturn:
+    _end_undisturbed()
     print(f"Stopped. {kept}".rstrip(), file=sys.stderr)  # noqa: T201 - the one line that needs no console
     sys.exit(130)

@@ -29,7 +29,8 @@ _PURPOSES = ("inference", "resuming", "record", "unknown")
 _SHOWN_CHECKPOINTS = 12
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "dataset", "template", "cutoff_len", "max_length", "seed", "compute_dtype", "iters",
+    "gradient_accumulation_steps", "total_train_batch_size", "processes", "dataset", "template", "cutoff_len",
+    "max_length", "seed", "compute_dtype", "iters",
 )  # fmt: skip
 
 

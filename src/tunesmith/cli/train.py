@@ -118,14 +118,19 @@ def _show_cost(screen: Screen, plan: ts.TrainingPlan) -> None:
     if plan.packs is not None:
         screen.say(f"Packed into {_counted(plan.packs, 'row')} of up to {plan.cutoff_len} tokens")
     passes = "1 pass" if plan.epochs == 1 else f"{plan.epochs:.3g} passes"
-    screen.say(f"Steps: {plan.steps:,} of {_counted(plan.rows_a_step, 'row')}, {passes} over the rows")
+    shares = f" ({plan.processes} processes × {plan.rows_a_batch} × {plan.accumulated} accumulated)"
+    screen.say(
+        f"Steps: {plan.steps:,} of {_counted(plan.rows_a_step, 'row')}{shares if plan.processes > 1 else ''}, "
+        f"{passes} over the rows"
+    )
     if plan.memory is None:
         screen.say("Memory and time: not known before it runs; this architecture's layers look at values")
         return
     memory = plan.memory
     free = f", of {human_bytes(memory.free_bytes)} free" if memory.free_bytes is not None else ""
+    each = " for each process" if plan.processes > 1 else ""
     screen.say(
-        f"Memory: about {human_bytes(memory.total_bytes)}{free} (weights {human_bytes(memory.weights_bytes)}, "
+        f"Memory{each}: about {human_bytes(memory.total_bytes)}{free} (weights {human_bytes(memory.weights_bytes)}, "
         f"adapter and optimizer {human_bytes(memory.adapter_bytes)}, "
         f"activations {human_bytes(memory.activations_bytes)}"
         f"{', gradient checkpointing saves some' if plan.gradient_checkpointing else ''}); "

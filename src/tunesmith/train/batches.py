@@ -81,6 +81,8 @@ def collate(examples: Sequence[Example], *, layout: Layout) -> dict[str, torch.T
         than it where the layout says so.
     """
     rows = [row for example in examples for row in _unpacked(example)]
+    # Blank rows only even out what processes are given; one is left where there is nothing else.
+    rows = [row for row in rows if any(label != IGNORED for label in row["labels"])] or rows[:1]
     longest = max(len(row["input_ids"]) for row in rows)
     if layout.flat and longest <= (layout.longest_flat or longest):
         return _flat(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +28,21 @@ from tunesmith.train.arguments import (
 )
 from tunesmith.train.keys import AS_ANYWAY
 from tunesmith.train.manifest import MANIFEST_NAME, Manifest, unplaced
-from tunesmith.train.plan import Machine, needs_checkpointing, processes, steps_of
+from tunesmith.train.plan import Machine, needs_checkpointing, rows_a_step, steps_of
 from tunesmith.train.prepare import Prepared, prepare
+from tunesmith.train.processes import ALONE, Peers, is_main_process, processes
 from tunesmith.train.quiet import quiet_libraries
 from tunesmith.train.recipe import Recipe
-from tunesmith.train.resume import checkpoint_to_resume, goes_on_in_place, refuse_done, refuse_other_data
+from tunesmith.train.resume import (
+    checkpoint_to_resume,
+    goes_on_in_place,
+    refuse_done,
+    refuse_other_data,
+    refuse_other_processes,
+)
 from tunesmith.train.rows import IGNORED, write_held_out
 from tunesmith.train.run_dir import claim, clear, drop_unfinished, publish, write_recipe, writing
+from tunesmith.train.strategy import refuse_other_strategy, save_whole_adapters
 
 if TYPE_CHECKING:
     from tunesmith.train.journal import Journal
@@ -65,6 +72,7 @@ def train(
     base_sha256: str,
     machine: Machine,
     dtype_note: str | None = None,
+    peers: Peers = ALONE,
     told: Callable[[Finding | str], None] = lambda _: None,
     progress: ProgressCallback = no_progress,
     cancellation: Cancellation | None = None,
@@ -81,6 +89,7 @@ def train(
         base_sha256: hash of the base's weights, for the manifest.
         machine: number format, device and free memory.
         dtype_note: why that number format is another than the recipe wishes for; for the log.
+        peers: the processes that train together.
         told: told, before training begins, what is done otherwise than it may seem.
         progress: told of every optimizer step.
         cancellation: read between steps.
@@ -105,7 +114,7 @@ def train(
     base = _Base(base_dir, base_name, base_sha256, machine, dtype_note)
     try:
         with quiet_libraries():
-            _train(recipe, base, resumed=resumed, told=told, progress=progress, cancellation=cancellation)
+            _train(recipe, base, peers, resumed=resumed, told=told, progress=progress, cancellation=cancellation)
     except KeyboardInterrupt as interrupt:
         raise Cancelled from interrupt
     return run_dir
@@ -125,6 +134,7 @@ class _Base:
 def _train(
     recipe: Recipe,
     base: _Base,
+    peers: Peers,
     *,
     resumed: Path | None,
     told: Callable[[Finding | str], None],
@@ -140,11 +150,15 @@ def _train(
     draft = _manifest(recipe, prepared, base)
     if resumed is not None:
         refuse_other_data(resumed, draft)
+        refuse_other_processes(resumed)
         refuse_done(resumed, draft.steps)
     for said in _worth_saying(recipe, prepared, base.dtype_note) if main else ():
         told(said)
+    save_whole_adapters()
+    peers.agree("prepared")  # what comes next lets torch wait for all of them
     # What the libraries do not take is told before a long load.
-    training_arguments(recipe, device=base.machine.device, evaluates=bool(prepared.rows.held_out))
+    evaluates = bool(prepared.rows.held_out)
+    training_arguments(recipe, device=base.machine.device, evaluates=evaluates, world_size=processes())
     progress(Progress("load", 0, None, "weights", base.name))
     from tunesmith.train.journal import Journal
 
@@ -156,23 +170,26 @@ def _train(
         cancellation=cancellation,
     )
     trainer = build_trainer(recipe, prepared, model=load_model(recipe, base), machine=base.machine, callbacks=[journal])
+    refuse_other_strategy(trainer.accelerator, dtype=base.machine.dtype)
+    peers.agree("built")
     # Everything that can be refused has been by now; only then does an earlier run make way.
     try:
         with writing(run_dir):
             if main:
                 _begin(recipe, prepared, draft, goes_on=goes_on_in_place(recipe, resumed))
                 _note_beginning(journal, draft, prepared, base.dtype_note, resumed)
-            trainer.accelerator.wait_for_everyone()
+            peers.agree("made")
             _run(trainer, run_dir, journal, resumed)
             if main:
                 manifest = draft.model_copy(update={"wall_s": round(time.monotonic() - started, 3)})
                 manifest.write(run_dir / MANIFEST_NAME)
                 journal.note(f"done in {manifest.wall_s:.0f} s")
+            peers.agree("done")
     except BaseException as error:
         if main:
             drop_unfinished(run_dir)
             with suppress(OSError):
-                journal.note(f"stopped: {str(error) or type(error).__name__}")
+                journal.note(f"stopped: {peers.why(error)}")
         raise
 
 
@@ -184,11 +201,6 @@ def _worth_saying(recipe: Recipe, prepared: Prepared, dtype_note: str | None) ->
     if dtype_note:
         yield dtype_note
     yield from prepared.findings
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process of a training, or the first of those that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _begin(recipe: Recipe, prepared: Prepared, draft: Manifest, *, goes_on: bool) -> None:
@@ -256,6 +268,7 @@ def build_trainer(
     import transformers
 
     from tunesmith.train.batches import collate, computes_flat_rows, layout_of
+    from tunesmith.train.shares import shared_out
     from tunesmith.train.trainer import SupervisedTrainer
 
     transformers.set_seed(recipe.seed)
@@ -278,10 +291,14 @@ def build_trainer(
         gradient_checkpointing=keeps_too_much,
         rows_a_pass=rows_a_pass(recipe, [len(row["input_ids"]) for row in train], device=machine.device),
     )
+    shared = train
+    if not recipe.dataloader_drop_last:
+        shared = shared_out(train, rows_a_pass=arguments.per_device_train_batch_size, processes=processes())
     trainer = SupervisedTrainer(
+        rows=len(train),
         model=adapted,
         args=arguments,
-        train_dataset=datasets.Dataset.from_list(train),
+        train_dataset=datasets.Dataset.from_list(shared),
         eval_dataset=datasets.Dataset.from_list(held_out) if held_out else None,
         data_collator=partial(collate, layout=layout),
         processing_class=tokenizer,
@@ -351,6 +368,8 @@ def _run(trainer: SupervisedTrainer, run_dir: Path, journal: Journal, resumed: P
     trainer.save_state()
     if is_main_process():
         publish(run_dir, trainer.save_model)
+    else:  # of a sharded model every process gives its part, and the first one writes
+        trainer.save_model(str(run_dir))
 
 
 def _refuse_broken_adapter(trainer: SupervisedTrainer) -> None:
@@ -381,6 +400,8 @@ def _note_beginning(
         f"{manifest.train_rows} rows to train on ({manifest.supervised_tokens} supervised tokens), "
         f"{manifest.held_out_rows} held out"
     )
+    if manifest.processes > 1:
+        journal.note(f"{manifest.processes} processes, {manifest.total_train_batch_size} rows a step")
     for finding in prepared.findings:
         journal.note(f"{finding.code}: " + ", ".join(f"{key} {value}" for key, value in finding.params.items()))
 
@@ -399,6 +420,8 @@ def _manifest(recipe: Recipe, prepared: Prepared, base: _Base) -> Manifest:
         chat_template_sha256=hashlib.sha256(prepared.tokenizer.chat_template.encode()).hexdigest(),
         supervised_tokens=train.supervised_tokens,
         steps=steps_of(recipe, len(train.examples))[0],
+        processes=processes(),
+        total_train_batch_size=rows_a_step(recipe),
         seed=recipe.seed,
         compute_dtype=base.machine.dtype,
         device=base.machine.device,

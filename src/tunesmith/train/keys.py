@@ -103,7 +103,7 @@ _NO_LOSS = "the loss is the plain mean over the answers' tokens; no other one is
 _ONE_VOCABULARY = "the vocabulary stays as it is; add the tokens to the base beforehand and tune that"
 _ANOTHER_MODEL = "it would train another model than the one that the adapter is for"
 _NO_BACKEND = "this backend is not built in; leave it out to train through PyTorch and PEFT"
-_NOT_SHARDED = "the base is not split over processes, each holds all of it; leave this out, or use quantization_bit: 4"
+_NOT_SHARDED = "how a base is spread over processes is said in accelerate's own file (FSDP2); leave this out"
 
 # Key: the values that ask for what is done anyway (besides null, false, 0 and empty ones), and the reason.
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {

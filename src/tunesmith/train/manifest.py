@@ -126,6 +126,9 @@ class Manifest(Record):
         chat_template_sha256: of the template's UTF-8 text.
         supervised_tokens: tokens of the training rows that count in the loss.
         steps: optimizer steps that were planned.
+        processes: how many trained together.
+        total_train_batch_size: rows of one optimizer step, over all processes and accumulations; None in a manifest of
+            an earlier version.
         seed: the run's.
         compute_dtype: what the base was computed in.
         device: what it was computed on.
@@ -144,6 +147,8 @@ class Manifest(Record):
     chat_template_sha256: str
     supervised_tokens: int
     steps: int
+    processes: int = 1
+    total_train_batch_size: int | None = None
     seed: int
     compute_dtype: str
     device: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tunesmith.train.arguments import rows_a_pass
 from tunesmith.train.estimate import Estimate, estimate
 from tunesmith.train.keys import KeyUse
 from tunesmith.train.prepare import Prepared, load_config, prepare
+from tunesmith.train.processes import processes
 from tunesmith.train.quiet import quiet_libraries
 from tunesmith.train.recipe import Recipe
 from tunesmith.train.rows import IGNORED
@@ -100,6 +100,9 @@ class TrainingPlan(Record):
         epochs: passes over the rows.
         steps: optimizer steps.
         rows_a_step: rows of one optimizer step, over all processes.
+        rows_a_batch: those of them that one process takes between two accumulations.
+        accumulated: batches that each process accumulates a step.
+        processes: how many train together; memory is that of one of them.
         trained_parameters: numbers that are trained; None where the model cannot be played through.
         gradient_checkpointing: whether each forward pass is made a second time to save memory.
         memory: None where the model cannot be played through.
@@ -125,6 +128,9 @@ class TrainingPlan(Record):
     epochs: float
     steps: int
     rows_a_step: int
+    rows_a_batch: int
+    accumulated: int
+    processes: int
     trained_parameters: int | None
     gradient_checkpointing: bool
     memory: MemoryPlan | None
@@ -197,7 +203,10 @@ def plan_training(
         supervised_tokens=prepared.train.supervised_tokens,
         epochs=epochs,
         steps=steps,
-        rows_a_step=recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes(),
+        rows_a_step=rows_a_step(recipe),
+        rows_a_batch=recipe.per_device_train_batch_size,
+        accumulated=recipe.gradient_accumulation_steps,
+        processes=processes(),
         trained_parameters=None if found is None else found.trained_parameters,
         gradient_checkpointing=checkpointing,
         memory=None if found is None else _memory(found, machine),
@@ -231,7 +240,12 @@ def _memory(found: Estimate, machine: Machine) -> MemoryPlan:
 
 
 def _seconds(found: Estimate, flops_per_s: float | None) -> float | None:
-    return None if flops_per_s is None else found.flops * _OVERHEAD / flops_per_s
+    return None if flops_per_s is None else found.flops * _OVERHEAD / flops_per_s / processes()
+
+
+def rows_a_step(recipe: Recipe) -> int:
+    """Rows of one optimizer step, over all processes: the effective batch."""
+    return recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes()
 
 
 def steps_of(recipe: Recipe, rows: int) -> tuple[int, float]:
@@ -242,11 +256,6 @@ def steps_of(recipe: Recipe, rows: int) -> tuple[int, float]:
     if recipe.max_steps and recipe.max_steps > 0:
         return recipe.max_steps, recipe.max_steps / a_pass
     return math.ceil(recipe.num_train_epochs * a_pass), recipe.num_train_epochs
-
-
-def processes() -> int:
-    """How many processes a launcher started for this training."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def needs_checkpointing(recipe: Recipe, prepared: Prepared, config: Any, machine: Machine) -> bool:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.train.manifest import MANIFEST_NAME, Manifest
+from tunesmith.train.processes import processes
 from tunesmith.train.recipe import Recipe, read_recipe
 from tunesmith.train.run_dir import ADAPTER_WEIGHTS, ARGUMENTS, TRAINER_STATE, is_whole, whole_checkpoints
 
-_OPTIMIZER = "optimizer.pt"
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the latter of a sharded training
 # What may be otherwise when a training goes on: where and how often something is written, and how long it goes on.
 _FREE = frozenset(
     {
@@ -66,7 +67,7 @@ def checkpoint_to_resume(recipe: Recipe) -> Path | None:
                 where=checkpoint,
                 expected=f"a checkpoint-N directory with {ADAPTER_WEIGHTS} and {TRAINER_STATE}",
             )
-    if not (checkpoint / _OPTIMIZER).is_file():
+    if not any((checkpoint / name).is_file() for name in _OPTIMIZERS):
         raise RecipeError(
             "This checkpoint holds the adapter only, and no state of the optimizer to go on from.",
             where=checkpoint,
@@ -99,6 +100,28 @@ def refuse_done(checkpoint: Path, steps: int) -> None:
             expected=f"fewer than {steps} steps",
             found=f"{done} steps",
             next_step="to train longer, raise max_steps or num_train_epochs",
+        )
+
+
+def refuse_other_processes(checkpoint: Path) -> None:
+    """Refuse to go on with more or fewer processes: a step would have other rows, and random numbers would be lacking.
+
+    Args:
+        checkpoint: where the training goes on from.
+
+    Raises:
+        RecipeError: it was written by another number of processes than there are now.
+    """
+    # Each has its own; one alone writes "rng_state.pth".
+    states = len(list(checkpoint.glob("rng_state_*.pth"))) or len(list(checkpoint.glob("rng_state.pth")))
+    if states not in (0, processes()):
+        raise RecipeError(
+            "The run was begun with another number of processes, so it cannot go on with this one.",
+            where=checkpoint,
+            expected=states,
+            found=processes(),
+            next_step=f"go on with {states} of them (torchrun --nproc_per_node {states}), or train into another "
+            "output_dir",
         )
 
 

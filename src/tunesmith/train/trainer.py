@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -20,22 +19,7 @@ from tunesmith.train.arguments import complete_schedule
 from tunesmith.train.head import is_plain_head, summed_nats
 from tunesmith.train.rows import IGNORED
 from tunesmith.train.run_dir import ADAPTER_WEIGHTS
-
-
-class _RepeatableGroups(LengthGroupedSampler):  # type: ignore[misc] # transformers has no types here
-    """Rows of like length together, in an order that the seed and the pass decide: a resumed run has the same.
-
-    The Trainer's takes what random numbers come next, and after a restart others do.
-    """
-
-    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin the pass of that number."""
-        self.generator.manual_seed(self._seed + epoch)
+from tunesmith.train.shares import blank_like, order_of_rows
 
 
 class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
@@ -43,12 +27,17 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
 
     TRL's own loss projects every position onto the vocabulary and then computes entropy and accuracy as well.  Here
     the output head sees the supervised positions only.
+
+    Args:
+        rows: how many of the training rows are not blank; blank ones follow them.
+        **kwargs: SFTTrainer's.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, rows: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._rows = rows
         # The tokens of a whole accumulated batch are counted for every architecture, as compute_loss divides by them.
         self.model_accepts_loss_kwargs = True
         self.plain_head = is_plain_head(self.model)
@@ -64,10 +53,14 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _RepeatableGroups(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return order_of_rows(
+            sampler,
+            rows=self._rows,
+            seed=seed,
+            processes=self.args.world_size,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def _send_telemetry(self) -> None:
         """Nothing is reported to anybody."""
@@ -109,8 +102,12 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
     ) -> Any:
         """Mean nats a supervised token of the accumulated batch (of this batch where its count is not given)."""
         nats, tokens = self._nats(model, inputs)
-        # The count is of all processes, whose gradients are then averaged.
-        loss = nats / tokens if num_items_in_batch is None else nats / num_items_in_batch * self.args.world_size
+        if num_items_in_batch is None:
+            loss = nats / tokens
+        else:
+            # Where the count is of all processes, their gradients are averaged afterwards.
+            counted = self.args.world_size if self.args.average_tokens_across_devices else 1
+            loss = nats / num_items_in_batch * counted
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -134,6 +131,8 @@ class SupervisedTrainer(SFTTrainer):  # type: ignore[misc] # trl has no types
         """
         model, rows = self.model, sorted(dataloader.dataset, key=lambda row: len(row["input_ids"]))
         mine = rows[self.args.process_index :: self.args.world_size]
+        if len(mine) * self.args.world_size < len(rows):  # each as many, since a sharded model computes together
+            mine.append(blank_like(rows[0]))
         size = self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64)
         training = model.training
