@@ -118,12 +118,12 @@ def plan(options: argparse.Namespace) -> None:
                 f"{figure(found['plan_bytes'] / 1e6)} MB",
             )
         )
-        sent = (figure(found[key]) for key in ("pack_ms", "unpack_ms"))
-        proofs.append((size, f"{found['parts']:,}", f"{figure(found['job_bytes'] / 1e6)} MB", *sent))
+        sent = (figure(found[key]) for key in ("pack_ms", "unpack_ms", "open_s"))
+        proofs.append((size, f"{found['parts']:,}", f"{found['job_bytes']:,}", *sent))
     head = ("model", "written", "tensors", "plan s", "units s", "peak MB", "units")
     table((*head, "bytes a unit", "all units", "the plan's record"), rows)
     print("\nWhat goes with every part of a verification, on processes and clusters:\n")
-    table(("model", "parts", "index", "to pack it, ms", "to unpack it, ms"), proofs)
+    table(("model", "parts", "bytes", "to pack, ms", "to unpack, ms", "to open the models, once a worker, s"), proofs)
     run, base = model(options, "1.5b-1")
     bytes_of = asked("receipts", run=run, base=base, out=fresh(options))["receipt_bytes"]
     print(f"\nA unit's receipt: {bytes_of:,} bytes at most, of units of one layer of 1.5 B.")
@@ -285,7 +285,7 @@ def _work(options: argparse.Namespace, size: str) -> Work:
         units=found["units"],
         files=found["files"],
         parts=found["parts"],
-        unpack_ms=found["unpack_ms"],
+        open_s=found["open_s"],
         memory_bytes=found["memory_bytes"],
         tensors=found["tensors"],
         rank=RANK,

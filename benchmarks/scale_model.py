@@ -58,7 +58,7 @@ class Work:
         units: units of work.
         files: files of weights; each is one unit where it goes to an object storage.
         parts: what a proof is cut into.
-        unpack_ms: milliseconds that a cluster's worker takes for the index that comes with a part.
+        open_s: seconds that a cluster's worker takes, once, to open what a proof needs.
         memory_bytes: what one unit works in, as planned.
         tensors: tensors.
         rank: of the adapter.
@@ -72,7 +72,7 @@ class Work:
     units: int
     files: int
     parts: int
-    unpack_ms: float
+    open_s: float
     memory_bytes: int
     tensors: int
     rank: int
@@ -156,6 +156,7 @@ def cost_of(work: Work, place: Place, rates: Rates, *, verb: str, certificate: b
     return Cost(
         before_s=rates.start_s
         + work.tensors * rates.plan_us / 1e6
+        + (work.open_s if verb == "verify" and place.machines > 1 else 0.0)
         + (0.0 if verb == "verify" else adapter_bytes / rates.sha256_gbs / 1e9),
         arithmetic_s=_core_s(work, place, rates, verb) / min(place.machines * place.cores, pieces),
         bytes_s=moved / 1e9 / place.bytes_gbs,
@@ -171,8 +172,6 @@ def _core_s(work: Work, place: Place, rates: Rates, verb: str) -> float:
     """Seconds of one core for all of it."""
     each_ns = {"nearest": rates.nearest_ns, "faithful": rates.faithful_ns, "verify": rates.verify_ns}[verb]
     seconds = (work.elements * each_ns + work.copied_bytes / rates.copy_gbs) / 1e9
-    if verb == "verify" and place.machines > 1:
-        seconds += work.parts * work.unpack_ms / 1e3
     if verb != "verify" and place.objects:
         seconds += work.write_bytes / rates.sha256_gbs / 1e9
     return seconds

@@ -7,6 +7,7 @@ interrupted; a cancelled one that is under way ends by itself, and is waited for
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError
@@ -49,7 +50,9 @@ def on_dask(address: str | None) -> Iterator[DaskExecutor]:
     address = address or dask.config.get("scheduler-address", None)
     local = None
     if address is None:
-        local = LocalCluster(threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0")
+        # Its workers would tell with a traceback that the scheduler has ended.
+        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": "127.0.0.1:0"}
+        local = LocalCluster(threads_per_worker=1, processes=True, **quiet)
     try:
         client = Client(local or address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, RuntimeError) as error:
