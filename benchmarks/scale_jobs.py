@@ -86,7 +86,7 @@ def plan(run: str, base: str, out: str) -> dict[str, Any]:
 
 
 def _proof(made: ts.MergePlan) -> dict[str, Any]:
-    """What verifying the weights has to send: how many parts, and what goes with each; the base stands for both models."""
+    """What verifying the weights sends: how many parts, and what goes with each; the base stands for both models."""
     base = Checkpoint(made.base)
     stack = Stack([(Path(one.adapter), one.weight) for one in made.adapters])
     expectation = Expectation(base, stack, made.binding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -213,6 +214,21 @@ def test_accelerate_on_a_cpu_that_starts_one_of_two_is_refused(launch: Launch, r
     words = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "tunesmith", "train")
     errors = launch(*words, str(recipe_file)).communicate(timeout=120)[1]
     assert errors.count("The launcher was asked for several processes and started one.") == 1, errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs an MPI's mpirun (pip install mpich)")
+def test_accelerate_on_a_cpu_trains_by_mpi(launch: Launch, recipe_file: Path, base_dir: Path, tmp_path: Path) -> None:
+    """The losses of one process; a second time, one refusal."""
+    (tmp_path / "hosts").write_text("localhost:2\n")
+    words = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mpirun_hostfile", "hosts")
+    words += ("--main_process_port", str(free_port()), "-m", "tunesmith", "train", str(recipe_file))
+    output, errors = launch(*words).communicate(timeout=120)
+    assert output.count("Run directory:") == 1, errors
+    expected = losses(one_process(recipe_file, base_dir, tmp_path / "one"))
+    assert [row[2] for row in losses(tmp_path / "two")] == pytest.approx([row[2] for row in expected], rel=REL_FLOAT32)
+    errors = launch(*words).communicate(timeout=120)[1]
+    assert errors.count("The output directory is not empty.") == 1, errors
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def refuse_unbuilt_launch() -> None:
             "The launcher was asked for several processes and started one.",
             expected="several processes",
             found="accelerate launch, which starts several on a CPU through MPI only",
-            next_step="torchrun --nproc_per_node N -m tunesmith train RECIPE, with use_cpu: true in the recipe; for "
-            "one process, unset MASTER_ADDR and MASTER_PORT",
+            next_step="torchrun --nproc_per_node N -m tunesmith train RECIPE, with use_cpu: true in the recipe; or "
+            "give accelerate a --mpirun_hostfile; for one process, unset MASTER_ADDR and MASTER_PORT",
         )
 
 
