@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import time
 from collections.abc import Iterator
@@ -138,6 +139,24 @@ def test_what_is_stopped_leaves_nothing(hub: FakeHub, tiny: TinyRun, tmp_path: P
     with pytest.raises(Cancelled):
         ts.merge(plan, certificate=False, progress=soon, cancellation=stop)
     assert len(hub.repos["me/merged"].commits) > 3
+    assert held(hub) == {}
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_disk_without_room_for_a_shard_is_told(
+    hub: FakeHub, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the way out; nothing is committed, and nothing stays on the disk."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plan = ts.plan_merge(tiny.adapters["final"], OUT, base=BASE)
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile._TemporaryFileWrapper, "write", full, raising=False)
+        with pytest.raises(OutputError, match="disk is full") as caught:
+            ts.merge(plan, certificate=False)
+    assert "TMPDIR" in str(caught.value.next_step)
     assert held(hub) == {}
     assert list((tmp_path / "spool").iterdir()) == []
 

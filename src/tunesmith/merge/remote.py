@@ -137,13 +137,14 @@ def storage_stage(plan: MergePlan, fingerprint: str) -> Iterator[StorageStage]:
         yield stage
     except BaseException as error:
         if isinstance(error, TunesmithError) and failed_by_storage(error):
+            advice = (error.next_step or "mend that").removesuffix(", then repeat the command")
             raise OutputError(
                 error.what,
                 where=error.where,
                 expected=error.expected,
                 found=error.found,
                 details=error.details,
-                next_step=f"mend that and repeat the same command: it goes on from the whole shards in {stage.new}",
+                next_step=f"{advice}; repeat the same command: it goes on from the whole shards in {stage.new}",
             ) from error
         stage.check()
         if not stage.keep:
