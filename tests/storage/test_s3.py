@@ -157,17 +157,28 @@ def objects(url: str = OUT) -> dict[str, bytes]:
     return {name.removeprefix(f"{key}/"): fs.cat_file(name) for name in fs.find(key)}
 
 
-def test_a_merge_from_s3_to_s3_has_the_bytes_of_a_local_one(target: str, tiny: TinyRun, tmp_path: Path) -> None:
-    """And verify finds it there."""
+@pytest.mark.parametrize(
+    "executor",
+    [
+        "local",
+        "processes:2",
+        pytest.param("ray", marks=pytest.mark.cluster),
+        pytest.param("dask", marks=pytest.mark.cluster),
+    ],
+)
+def test_a_merge_from_s3_to_s3_has_the_bytes_of_a_local_one(
+    target: str, tiny: TinyRun, tmp_path: Path, executor: str
+) -> None:
+    """Wherever its units run; and verify finds it there."""
     options = {"shard_size": "150KB"}
     local = ts.plan_merge(tiny.adapters["final"], tmp_path / "local", base=str(tiny.base), **options)
     ts.merge(local, certificate=False)
-    ts.merge(ts.plan_merge(ADAPTER, target, base=BASE, **options), certificate=False)
+    levels = ("structure", "assets", "weights")
+    with ts.executor_of(executor) as pool:
+        ts.merge(ts.plan_merge(ADAPTER, target, base=BASE, **options), executor=pool, certificate=False)
+        verdict = ts.verify(ADAPTER, target, base=BASE, levels=levels, executor=pool)
     assert objects() == files_of(tmp_path / "local")
-    assert ts.verify(ADAPTER, target, base=BASE, levels=("structure", "assets", "weights")).answer in (
-        "identical",
-        "equal_within_rounding",
-    )
+    assert verdict.answer in ("identical", "equal_within_rounding")
 
 
 def test_a_merge_that_s3_refuses_is_told_and_goes_on(s3: Door, target: str, tiny: TinyRun, tmp_path: Path) -> None:
