@@ -119,11 +119,14 @@ def plan(options: argparse.Namespace) -> None:
             )
         )
         sent = (figure(found[key]) for key in ("pack_ms", "unpack_ms", "open_s"))
-        proofs.append((size, f"{found['parts']:,}", f"{found['job_bytes']:,}", *sent))
+        proofs.append((size, f"{found['parts']:,}", f"{found['batches']:,}", f"{found['job_bytes']:,}", *sent))
     head = ("model", "written", "tensors", "plan s", "units s", "peak MB", "units")
     table((*head, "bytes a unit", "all units", "the plan's record"), rows)
-    print("\nWhat goes with every part of a verification, on processes and clusters:\n")
-    table(("model", "parts", "bytes", "to pack, ms", "to unpack, ms", "to open the models, once a worker, s"), proofs)
+    print("\nWhat goes with every batch of a verification's parts, on processes and clusters:\n")
+    table(
+        ("model", "parts", "batches", "bytes", "to pack, ms", "to unpack, ms", "to open the models, once a worker, s"),
+        proofs,
+    )
     run, base = model(options, "1.5b-1")
     bytes_of = asked("receipts", run=run, base=base, out=fresh(options))["receipt_bytes"]
     print(f"\nA unit's receipt: {bytes_of:,} bytes at most, of units of one layer of 1.5 B.")
@@ -253,12 +256,12 @@ def ceilings(options: argparse.Namespace) -> None:
         "10¹² operations",
         "units",
         "files",
-        "parts of a proof",
+        "batches of a proof",
     )
     rows = []
     for work in works:
         sizes = (work.elements, work.read_bytes / 1e9, work.write_bytes / 1e9, work.flops / 1e12)
-        counts = (f"{count:,}" for count in (work.units, work.files, work.parts))
+        counts = (f"{count:,}" for count in (work.units, work.files, work.batches))
         rows.append((work.name, *map(figure, sizes), *counts, f"{work.memory_bytes / 1e6:.0f}"))
     table((*head, "MB a unit"), rows)
     for certificate in (False, True):
@@ -285,6 +288,7 @@ def _work(options: argparse.Namespace, size: str) -> Work:
         units=found["units"],
         files=found["files"],
         parts=found["parts"],
+        batches=found["batches"],
         open_s=found["open_s"],
         memory_bytes=found["memory_bytes"],
         tensors=found["tensors"],

@@ -29,6 +29,7 @@ from tunesmith.merge import Context, Unit, layout_of, run_unit
 from tunesmith.merge.units import Compute, Copy, units_of
 from tunesmith.verify.weights import Expectation
 from tunesmith.verify.weights.check import parts_of, tally_part
+from tunesmith.verify.weights.parts import batched
 
 LEVELS = ("structure", "weights")
 _READ_OF = "rchar"  # of /proc/self/io: all that was asked of the system, from its cache or not
@@ -101,6 +102,7 @@ def _proof(made: ts.MergePlan) -> dict[str, Any]:
     ended = time.perf_counter()
     return {
         "parts": len(parts),
+        "batches": len(list(batched(parts, 1))),
         "job_bytes": len(job),
         "pack_ms": 1e3 * (packed - began),
         "open_s": opened - packed,

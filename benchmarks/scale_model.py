@@ -3,18 +3,21 @@
 A run takes as long as the slowest of what goes on at once:
 
 - *arithmetic*: changed numbers × seconds a number, and copied bytes ÷ copying rate, over all cores, or over as many as
-  there are units; for a proof on a cluster also the model's index, which every part unpacks;
+  there are units;
 - *bytes*: read and written, ÷ the rate of the storage, or of the machines' network together, whichever is less;
 - *driver*: units × what handing one out costs the one process that does it;
 - *hashes*: the certificate's, of all that is read and written, in two threads of the driver's machine; of an object
   storage none, for there the workers hash what they upload.
 
-To that comes what is done before and alone: to start, to plan, and for a merge to hash the adapter.
+To that comes what is done before and alone: to start, to plan, for a merge to hash the adapter, and for a proof on a
+cluster to open the models.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+
+BATCHES_A_CORE = 4  # of a proof, at least
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Work:
         units: units of work.
         files: files of weights; each is one unit where it goes to an object storage.
         parts: what a proof is cut into.
+        batches: what it is handed out in, where there are few workers.
         open_s: seconds that a cluster's worker takes, once, to open what a proof needs.
         memory_bytes: what one unit works in, as planned.
         tensors: tensors.
@@ -72,6 +76,7 @@ class Work:
     units: int
     files: int
     parts: int
+    batches: int
     open_s: float
     memory_bytes: int
     tensors: int
@@ -151,14 +156,16 @@ def cost_of(work: Work, place: Place, rates: Rates, *, verb: str, certificate: b
         certificate: whether everything is hashed besides.
     """
     moved = work.read_bytes + work.write_bytes  # a proof reads what the merge wrote
-    pieces = work.parts if verb == "verify" else work.files if place.objects else work.units
+    cores = place.machines * place.cores
+    batches = min(work.parts, max(work.batches, BATCHES_A_CORE * cores))
+    pieces = batches if verb == "verify" else work.files if place.objects else work.units
     adapter_bytes = max(0, work.read_bytes - work.write_bytes)
     return Cost(
         before_s=rates.start_s
         + work.tensors * rates.plan_us / 1e6
         + (work.open_s if verb == "verify" and place.machines > 1 else 0.0)
         + (0.0 if verb == "verify" else adapter_bytes / rates.sha256_gbs / 1e9),
-        arithmetic_s=_core_s(work, place, rates, verb) / min(place.machines * place.cores, pieces),
+        arithmetic_s=_core_s(work, place, rates, verb) / min(cores, pieces),
         bytes_s=moved / 1e9 / place.bytes_gbs,
         driver_s=pieces * rates.unit_ms / 1e3 if place.machines > 1 else 0.0,
         # Two threads, one for what is read and one for what is written, on a machine that reads all of both.

@@ -16,7 +16,7 @@ from tests.oracle.zoo import Zoo
 from tests.tiny_models import TinyRun
 from tunesmith.executors.on_dask import DaskExecutor
 from tunesmith.merge import units
-from tunesmith.verify.weights import check
+from tunesmith.verify.weights import check, parts
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 
@@ -27,6 +27,7 @@ def _small_units() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(units, "UNIT_BYTES", 16 << 10)
         patch.setattr(check, "_PART_ELEMENTS", 4 << 10)
+        patch.setattr(parts, "_BATCH_ELEMENTS", 8 << 10)
         yield
 
 

@@ -43,7 +43,7 @@ def test_what_is_under_way_is_bounded_by_the_slots(
     """A few times as many, for every verb, however many units there are and processors this machine has."""
     executor = OneSlot(dask_threads._client)
     assert proved(models["experts"], tmp_path, executor)["merged"] == expected["experts"]["merged"]
-    assert executor.submitted > 20
+    assert executor.submitted > 12
     assert executor.most <= 4
     executor.most = 0
     assert coded(models["experts"], tmp_path, executor)["quantized"] == expected["experts"]["quantized"]

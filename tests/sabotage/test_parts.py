@@ -17,6 +17,7 @@ from tunesmith.verify import verify
 from tunesmith.verify.weights import check, expected
 from tunesmith.verify.weights.check import check_weights
 from tunesmith.verify.weights.expected import Expectation
+from tunesmith.verify.weights.parts import Part, batched
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "faithful"])
@@ -74,3 +75,15 @@ def test_a_whole_verification_may_be_given_its_workers(shop: Workshop) -> None:
     assert sum(tensor.elements for tensor in verdict.tensors) == sum(
         info.elements for info in Checkpoint(shop.base).tensors.values()
     )
+
+
+@pytest.mark.parametrize("slots", [1, 3, 1000])
+def test_batches_hold_every_part_once_in_order(slots: int) -> None:
+    """None is larger than a unit of a merge, or than its one part; every slot has some, where there are enough."""
+    sizes = [1 << 23] * 40 + [10] * 300 + [1 << 26, 5, 1 << 23]
+    parts = [Part(f"tensor-{place}", 0, 1, size) for place, size in enumerate(sizes)]
+    batches = list(batched(parts, slots))
+    assert [part for batch in batches for part in batch] == parts
+    assert all(len(batch) == 1 or sum(part.elements for part in batch) <= 1 << 25 for batch in batches)
+    assert min(4 * slots, 40) <= len(batches) <= len(parts)
+    assert len(batches) < 20 or slots > 1

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from tunesmith.progress import SharedProgress
 T = TypeVar("T")
 
 _LOOK_EVERY_S = 0.2
+_BATCH_ELEMENTS = 1 << 25  # 64 MiB in bf16, as a merge's unit
+_BATCHES_A_SLOT = 4  # at least, so that all end at about the same time
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,23 @@ def in_order(workers: Workers, job: Callable[..., T], parts: Sequence[Part], rep
     Raises:
         TunesmithError: a worker died.
     """
-    running: deque[tuple[Part, Future[T]]] = deque()
-    pool, own, todo = workers.pool, workers.own, iter(parts)
+    running: deque[tuple[list[Part], Future[list[T]]]] = deque()
+    pool, own = workers.pool, workers.own
+    work = partial(_all_of, job, report.advance) if own else partial(_all_of, job, None)
+    batches = ([part] for part in parts) if own else batched(parts, workers.slots)
     try:
         while True:
-            for part in islice(todo, max(0, 4 * workers.slots - len(running))):
-                told = (report.advance,) if own else ()
-                running.append((part, pool.submit(job, part, *told)))
+            for batch in islice(batches, max(0, 4 * workers.slots - len(running))):
+                running.append((batch, pool.submit(work, batch)))
             if not running:
                 return
-            part, future = running.popleft()
+            batch, future = running.popleft()
             while not wait([future], timeout=_LOOK_EVERY_S).done:
-                report.advance(0, part.name)
-            result = future.result()
+                report.advance(0, batch[0].name)
+            results = future.result()
             if not own:
-                report.advance(part.elements, part.name)
-            yield result
+                report.advance(sum(part.elements for part in batch), batch[-1].name)
+            yield from results
     except BaseException as error:
         report.failed.cancel()
         for _, future in running:
@@ -77,6 +80,31 @@ def in_order(workers: Workers, job: Callable[..., T], parts: Sequence[Part], rep
         if isinstance(error, BrokenExecutor):
             raise TunesmithError("A worker of the executor died.", found=error) from error
         raise
+
+
+def batched(parts: Sequence[Part], slots: int) -> Iterator[list[Part]]:
+    """Neighbouring parts that go to a worker together, for to hand something out costs milliseconds.
+
+    Args:
+        parts: all of them.
+        slots: how many workers there are; each is to have some batches.
+    """
+    most = min(_BATCH_ELEMENTS, sum(part.elements for part in parts) // (_BATCHES_A_SLOT * slots))
+    batch: list[Part] = []
+    elements = 0
+    for part in parts:
+        if batch and elements + part.elements > most:
+            yield batch
+            batch, elements = [], 0
+        batch.append(part)
+        elements += part.elements
+    if batch:
+        yield batch
+
+
+def _all_of(job: Callable[..., T], told: Callable[[int, str], None] | None, parts: Sequence[Part]) -> list[T]:
+    """The results of a batch."""
+    return [job(part) if told is None else job(part, told) for part in parts]
 
 
 def settle_in() -> None:
