@@ -90,7 +90,9 @@ def test_run_is_found_by_walking_through_folders(visit: Visit, site: Served) -> 
     dialog.get_by_role("button", name="Folder above").click()
     dialog.get_by_role("button", name=re.compile("^run ?run$|^run Run$")).click()
     dialog.wait_for(state="detached")
-    assert Path(site.root, page.get_by_test_id("run-path").input_value()) == site.root / "run"
+    path = page.get_by_test_id("run-path")
+    wait_for(path.input_value)  # it is drawn a moment after the dialog has gone
+    assert Path(site.root, path.input_value()) == site.root / "run"
     page.get_by_test_id("run-open").click()
     page.get_by_test_id("overview-summary").wait_for()
     assert "run=" in page.url
