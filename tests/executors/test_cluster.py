@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 import tunesmith as ts
 from tests.executors.work import flaky, hashes, lost, slow, told, until, wrong
 from tunesmith.errors import CheckpointError
-from tunesmith.executors import ClusterExecutor, cluster, retried_by
+from tunesmith.executors import ClusterExecutor, WorkerLostError, cluster, retried_by
 from tunesmith.executors.on_dask import DaskExecutor
+from tunesmith.executors.on_ray import _RayTask
 
 
 @pytest.fixture(params=["dask", pytest.param("ray", marks=pytest.mark.cluster)])
@@ -128,3 +130,16 @@ def ray_executor(ray_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
     monkeypatch.setenv("RAY_ADDRESS", ray_nodes.address)
     with ts.executor_of("ray") as executor:
         yield executor
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_ray_loses_is_lost_wherever_it_says_so(wrapped: bool) -> None:
+    """Of the task itself, or as the error of one that could not be given its arguments."""
+    ray = pytest.importorskip("ray", reason="needs ray (the ray extra)")
+    gone = ray.exceptions.WorkerCrashedError()
+    error = ray.exceptions.RayTaskError("call_here", "a traceback", gone) if wrapped else gone
+    done: Future[None] = Future()
+    done.set_exception(error)
+    task = _RayTask(ray, SimpleNamespace(future=lambda: done), lambda: None)
+    with pytest.raises(WorkerLostError):
+        task.result()

@@ -176,12 +176,15 @@ class _RayTask:
 
     def result(self) -> Any:
         errors = self._ray.exceptions
+        lost = tuple(getattr(errors, name) for name in _LOST if hasattr(errors, name))
         try:
             return self._done.result()
         except errors.RayTaskError as error:
+            if isinstance(error.cause, lost):  # what it was given went with somebody else
+                raise WorkerLostError(str(error)) from error
             own = error.cause if isinstance(error.cause, BaseException) else BrokenExecutor(str(error))
             raise own from error
-        except tuple(getattr(errors, name) for name in _LOST if hasattr(errors, name)) as error:
+        except lost as error:
             raise WorkerLostError(str(error)) from error
         except errors.RayError as error:
             raise BrokenExecutor(str(error)) from error
