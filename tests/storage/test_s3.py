@@ -157,15 +157,7 @@ def objects(url: str = OUT) -> dict[str, bytes]:
     return {name.removeprefix(f"{key}/"): fs.cat_file(name) for name in fs.find(key)}
 
 
-@pytest.mark.parametrize(
-    "executor",
-    [
-        "local",
-        "processes:2",
-        pytest.param("ray", marks=pytest.mark.cluster),
-        pytest.param("dask", marks=pytest.mark.cluster),
-    ],
-)
+@pytest.mark.parametrize("executor", ["local", "processes:2"])
 def test_a_merge_from_s3_to_s3_has_the_bytes_of_a_local_one(
     target: str, tiny: TinyRun, tmp_path: Path, executor: str
 ) -> None:
