@@ -141,5 +141,6 @@ def test_what_ray_loses_is_lost_wherever_it_says_so(wrapped: bool) -> None:
     done: Future[None] = Future()
     done.set_exception(error)
     task = _RayTask(ray, SimpleNamespace(future=lambda: done), lambda: None)
-    with pytest.raises(WorkerLostError):
+    with pytest.raises(WorkerLostError) as caught:
         task.result()
+    assert str(caught.value) == str(gone).strip().partition("\n")[0]

@@ -181,11 +181,11 @@ class _RayTask:
             return self._done.result()
         except errors.RayTaskError as error:
             if isinstance(error.cause, lost):  # what it was given went with somebody else
-                raise WorkerLostError(str(error)) from error
+                raise WorkerLostError(_first_line(error.cause)) from error
             own = error.cause if isinstance(error.cause, BaseException) else BrokenExecutor(str(error))
             raise own from error
         except lost as error:
-            raise WorkerLostError(str(error)) from error
+            raise WorkerLostError(_first_line(error)) from error
         except errors.RayError as error:
             raise BrokenExecutor(str(error)) from error
 
@@ -194,3 +194,8 @@ class _RayTask:
 
     def join(self) -> None:
         """A cancelled task's reference is not ready before the task has ended."""
+
+
+def _first_line(error: BaseException) -> str:
+    """What of Ray's words is for people: behind it come pages on where its logs are."""
+    return str(error).strip().partition("\n")[0]
