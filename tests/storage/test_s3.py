@@ -157,11 +157,20 @@ def objects(url: str = OUT) -> dict[str, bytes]:
     return {name.removeprefix(f"{key}/"): fs.cat_file(name) for name in fs.find(key)}
 
 
-@pytest.mark.parametrize("executor", ["local", "processes:2"])
+@pytest.mark.parametrize(
+    "executor",
+    [
+        "local",
+        "processes:2",
+        pytest.param("ray", marks=pytest.mark.cluster),
+        pytest.param("dask", marks=pytest.mark.cluster),
+    ],
+)
 def test_a_merge_from_s3_to_s3_has_the_bytes_of_a_local_one(
-    target: str, tiny: TinyRun, tmp_path: Path, executor: str
+    target: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str
 ) -> None:
     """Wherever its units run; and verify finds it there."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # the workers of one that runs already have no credentials
     options = {"shard_size": "150KB"}
     local = ts.plan_merge(tiny.adapters["final"], tmp_path / "local", base=str(tiny.base), **options)
     ts.merge(local, certificate=False)

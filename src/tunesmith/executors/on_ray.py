@@ -146,7 +146,6 @@ class RayExecutor(ClusterExecutor):
         self._ray = ray
         self._version = own_version()
         self._remote = ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(call_here)
-        self._last: tuple[Any, Any] = (None, None)
 
     @property
     def slots(self) -> int:
@@ -154,18 +153,9 @@ class RayExecutor(ClusterExecutor):
         return int(self._ray.cluster_resources().get("CPU", 1))
 
     def _start(self, call: Call, ended: Callable[[], None]) -> _RayTask:
-        if call.tries > 1:  # what was stored may be lost with a node
-            self._last = (None, None)
-        reference = self._remote.remote(self._version, self._stored(call.work), call.args, call.kwargs)
+        # Inline, and not from Ray's store: to other nodes a driver that has just joined is a dead owner for a while.
+        reference = self._remote.remote(self._version, call.work, call.args, call.kwargs)
         return _RayTask(self._ray, reference, ended)
-
-    def _stored(self, work: Callable[..., Any]) -> Any:
-        """A function that may carry a model's whole index, sent once for all its calls."""
-        last, reference = self._last
-        if last is not work:
-            reference = self._ray.put(work)
-            self._last = work, reference
-        return reference
 
 
 class _RayTask:
