@@ -10,7 +10,7 @@ from tunesmith.models.endpoint.probe import Probed, Said
 from tunesmith.record import Finding
 
 # Mean nats a token.  Of the demo's models float32 and bfloat16 are 0.02 to 0.03 apart, the last two different
-# checkpoints 0.07, the first two 0.6, base and final 1.1.
+# checkpoints 0.07, the first two 0.6 (benchmarks/servers_apart.py).
 _NOISE = 0.035
 _ANOTHER = 0.2
 
