@@ -84,6 +84,7 @@ def ray_nodes() -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, with a Ray Client server, that notices losses soon."""
     pytest.importorskip("ray", reason="needs ray (the ray extra)")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # Ray's client server forks, and gRPC breaks some of that
     from ray.cluster_utils import Cluster
 
     soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}

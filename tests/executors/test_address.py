@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,21 @@ def test_nobody_listens(kind: str) -> None:
         pass
     assert caught.value.where == address
     assert time.monotonic() - started < 5
+
+
+def test_a_client_server_that_broke_is_said_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chance gRPC breaks it, when Ray forks: here it does so surely."""
+    ray = pytest.importorskip("ray")
+
+    def broken(**_: object) -> None:
+        raise ConnectionAbortedError("Initialization failure from server:\n")
+
+    monkeypatch.setattr(ray, "init", broken)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"ray://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ts.TunesmithError, match="cannot be joined") as caught, ts.executor_of(address):
+            pass
+    assert "GRPC_ENABLE_FORK_SUPPORT=0" in str(caught.value.next_step)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("dask", "distributed")])

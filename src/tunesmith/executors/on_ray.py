@@ -28,6 +28,9 @@ _LOST = (
     "WorkerCrashedError",
 )
 
+# The client server forks a process for every client, and what gRPC does at forks ends some of them, or the server.
+_CLIENT_DIED = "start the cluster's head again, with GRPC_ENABLE_FORK_SUPPORT=0 in its environment"
+
 
 @contextmanager
 def on_ray(address: str | None) -> Iterator[RayExecutor]:
@@ -84,6 +87,8 @@ def _join(ray: Any, address: str | None) -> None:
         )
     except BaseException as error:
         ray.shutdown()  # what was started of it
+        if isinstance(error, ConnectionAbortedError):
+            raise cannot_join(address or "ray", error, next_step=_CLIENT_DIED) from error
         if isinstance(error, Exception):  # Ray raises what it likes: of versions, of tokens, of connections
             raise cannot_join(address or "ray", error) from error
         raise
