@@ -6,11 +6,12 @@ A run takes as long as the slowest of what goes on at once:
   there are units;
 - *bytes*: read and written, ÷ the rate of the storage, or of the machines' network together, whichever is less;
 - *driver*: units × what handing one out costs the one process that does it;
-- *hashes*: the certificate's, of all that is read and written, in two threads of the driver's machine; of an object
-  storage none, for there the workers hash what they upload.
+- *hashes*: the certificate's, of all that is read and written.  On one machine they are two threads; on a cluster every
+  file is a unit of work: arithmetic for its cores, as many at once as there are files, and bytes that are read once
+  more; of an object storage there are none, for there the workers hash what they upload.
 
-To that comes what is done before and alone: to start, to plan, for a merge to hash the adapter, and for a proof on a
-cluster to open the models.
+To that comes what is done alone: to start, to plan, for a merge to hash the adapter, for a proof on a cluster to open
+the models, and on a cluster the hash of the file that was written last.
 """
 
 from __future__ import annotations
@@ -116,9 +117,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of each part; they go on at once, but for what comes before."""
+    """Seconds of each part; they go on at once, but for what is done alone."""
 
-    before_s: float
+    alone_s: float
     arithmetic_s: float
     bytes_s: float
     driver_s: float
@@ -127,7 +128,7 @@ class Cost:
     @property
     def seconds(self) -> float:
         """From beginning to end."""
-        return self.before_s + max(self.parts.values())
+        return self.alone_s + max(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:
@@ -156,22 +157,23 @@ def cost_of(work: Work, place: Place, rates: Rates, *, verb: str, certificate: b
         certificate: whether everything is hashed besides.
     """
     moved = work.read_bytes + work.write_bytes  # a proof reads what the merge wrote
+    hashed = certificate and not place.objects
+    there = hashed and place.machines > 1  # by the cluster
     cores = place.machines * place.cores
     batches = min(work.parts, max(work.batches, BATCHES_A_CORE * cores))
     pieces = batches if verb == "verify" else work.files if place.objects else work.units
     adapter_bytes = max(0, work.read_bytes - work.write_bytes)
+    all_s = moved / rates.sha256_gbs / 1e9 if hashed else 0.0
     return Cost(
-        before_s=rates.start_s
+        alone_s=rates.start_s
         + work.tensors * rates.plan_us / 1e6
         + (work.open_s if verb == "verify" and place.machines > 1 else 0.0)
-        + (0.0 if verb == "verify" else adapter_bytes / rates.sha256_gbs / 1e9),
-        arithmetic_s=_core_s(work, place, rates, verb) / min(cores, pieces),
-        bytes_s=moved / 1e9 / place.bytes_gbs,
+        + (0.0 if verb == "verify" else adapter_bytes / rates.sha256_gbs / 1e9)
+        + (work.write_bytes / work.files / rates.sha256_gbs / 1e9 if there else 0.0),
+        arithmetic_s=_core_s(work, place, rates, verb) / min(cores, pieces) + (all_s / cores if there else 0.0),
+        bytes_s=moved * (2 if there else 1) / 1e9 / place.bytes_gbs,
         driver_s=pieces * rates.unit_ms / 1e3 if place.machines > 1 else 0.0,
-        # Two threads, one for what is read and one for what is written, on a machine that reads all of both.
-        hashes_s=max(max(work.read_bytes, work.write_bytes) / rates.sha256_gbs, moved / place.network_gbs) / 1e9
-        if certificate and not place.objects
-        else 0.0,
+        hashes_s=all_s / (min(cores, 2 * work.files) if there else 2),
     )
 
 

@@ -90,7 +90,7 @@ def test_a_wait_ends_where_the_work_is_cancelled(files: dict[str, Path], monkeyp
         raise Cancelled
 
     stuck = threading.Event()
-    monkeypatch.setattr(TrailingHashes, "_digest", lambda *_: stuck.wait(10))
+    monkeypatch.setattr(hashing, "_digest", lambda *_: stuck.wait(10))
 
     def wait() -> None:
         hashes = TrailingHashes(files)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tunesmith as ts
-from tests.executors.work import Model, OneSlot, coded, everything, proved
+from tests.executors.work import Model, OneSlot, certified, coded, everything, proved
 from tunesmith.executors.on_dask import DaskExecutor
 
 
@@ -77,9 +77,11 @@ def test_ray_on_two_nodes(
     with ts.executor_of("ray") as executor:
         for name, model in models.items():
             assert everything(model, tmp_path / name, executor) == expected[name]
+        found = certified(models["experts"], tmp_path / "there", executor)
+    assert found == certified(models["experts"], tmp_path / "here", None)
 
 
-@pytest.mark.slow  # Ray 2.60's client server does not always learn the port of its own runtime environment agent
+@pytest.mark.cluster
 def test_ray_through_its_client(
     models: dict[str, Model], expected: dict[str, dict[str, Any]], tmp_path: Path, ray_nodes: Any
 ) -> None:

@@ -16,6 +16,7 @@ import tunesmith as ts
 from tunesmith.errors import CheckpointError
 from tunesmith.executors.on_dask import DaskExecutor
 from tunesmith.executors.on_ray import RayExecutor
+from tunesmith.verify import CERTIFICATE_FILE
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ def coded(model: Model, out: Path, executor: Executor | None) -> dict[str, Any]:
         "rounded": quantized.tensors,
         "codes": (codes.answer, codes.quantized),
     }
+
+
+def certified(model: Model, out: Path, executor: Executor | None) -> dict[str, str]:
+    """Merge, verify and quantize; the certificate after each."""
+    merged = ts.merge(planned(model, out / "merged"), executor=executor)
+    found = {"merge": (merged.path / CERTIFICATE_FILE).read_text()}
+    levels = ["structure", "assets", "weights"]
+    ts.verify(model.run, merged, base=str(model.base), levels=levels, executor=executor)
+    found["verify"] = (merged.path / CERTIFICATE_FILE).read_text()
+    plan = ts.plan_quantization(model.run, out / "int8", scheme="int8", base=str(model.base), shard_size="100KB")
+    quantized = ts.quantize(plan, executor=executor)
+    return {**found, "quantize": (quantized.path / CERTIFICATE_FILE).read_text()}
 
 
 def told(folder: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tunesmith.adapter import LowRank
 from tunesmith.api.merging import LiveModel, inputs_of
 from tunesmith.checkpoint import sha256_of
+from tunesmith.executors import retried_by
 from tunesmith.export.quantize import CALIBRATED, QuantizationPlan, Quantized, scheme_of
 from tunesmith.export.quantize import quantize as quantize_weights
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -48,14 +49,15 @@ def quantize(
         TunesmithError: as :func:`tunesmith.export.quantize.quantize`; and for calibrated rounding, the model cannot be
             loaded, or there is nothing to calibrate on.
     """
-    started = time.monotonic()
+    started, retried = time.monotonic(), retried_by(executor)
     with _recorded(plan, progress=progress, cancellation=cancellation) as inputs:
         done = quantize_weights(plan, executor=executor, inputs=inputs, progress=progress, cancellation=cancellation)
     findings = done.findings
     if certificate:
-        finding = _certify(done)
+        finding = _certify(done, executor)
         findings = findings if finding.severity == "ok" else (*findings, finding)
-    return done.model_copy(update={"seconds": time.monotonic() - started, "findings": findings})
+    seconds, again = time.monotonic() - started, retried_by(executor) - retried
+    return done.model_copy(update={"seconds": seconds, "findings": findings, "retried_units": again})
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def _recorded(
         yield folder
 
 
-def _certify(done: Quantized) -> Finding:
+def _certify(done: Quantized, executor: Executor | None) -> Finding:
     """Write the certificate of a quantization that nobody has verified yet."""
     plan, scheme = done.plan, scheme_of(done.plan.scheme)
     rows = Path(plan.calibration) if plan.calibration is not None else None
@@ -108,4 +110,4 @@ def _certify(done: Quantized) -> Finding:
         relative_error=done.relative_error,
         tools=tool_versions(),
     )
-    return write_certificate(done.path, origin, quantization=how)
+    return write_certificate(done.path, origin, quantization=how, executor=executor)

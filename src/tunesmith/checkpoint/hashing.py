@@ -1,7 +1,8 @@
-"""SHA-256 of whole files: in a thread behind those who write or read them, or on all cores at once.
+"""SHA-256 of whole files: in a thread behind those who write or read them, on all cores at once, or on a cluster.
 
 hashlib lets go of the interpreter while it works, and what was just written or read still lies in the page cache.  So
-the hashes of a merge cost a core's time, and no second pass over the disk.
+the hashes of a merge cost a core's time, and no second pass over the disk.  On a cluster what is in whose cache is not
+known, and one machine would hold up the others: there a file is a unit of work.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import io
 import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
 from tunesmith.checkpoint.header import open_regular
 from tunesmith.checkpoint.storage import stored_path
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import Cancelled, CheckpointError
+from tunesmith.executors import ClusterExecutor
 
 AHEAD_BYTES = 1 << 30
 
@@ -33,6 +35,8 @@ class TrailingHashes:
 
     Args:
         files: the files by name, in the order in which they are worked on; each has its full size by now.
+        executor: what does the work.  A cluster hashes each file as soon as all of it may be read, as many at once as
+            it has slots; for any other executor, and for None, the thread itself reads.
 
     Raises:
         CheckpointError: a file is not there.
@@ -41,12 +45,13 @@ class TrailingHashes:
         total_bytes: the size of all of them.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], executor: Executor | None = None) -> None:
         try:
             self._files = [(name, path, path.stat().st_size) for name, path in files.items()]
         except OSError as error:
             raise CheckpointError("The file cannot be read.", where=error.filename, found=error.strerror) from error
         self.total_bytes = sum(size for _, _, size in self._files)
+        self._cluster = executor if isinstance(executor, ClusterExecutor) else None
         self._hashes: dict[str, str] = {}
         self._error: Exception | None = None
         self._allowed = 0
@@ -82,6 +87,7 @@ class TrailingHashes:
         Raises:
             CheckpointError: a file cannot be read, or became shorter.
             OSError: the system could not read one.
+            BrokenExecutor: the cluster is lost.
         """
         self.allow(self.total_bytes)
         while self._thread.is_alive():
@@ -89,7 +95,7 @@ class TrailingHashes:
             self._thread.join(_LOOK_EVERY_S)
         if self._error is not None:
             raise self._error
-        return dict(self._hashes)
+        return {name: self._hashes[name] for name, _, _ in self._files}
 
     def close(self) -> None:
         """End the thread, wherever it is."""
@@ -108,55 +114,134 @@ class TrailingHashes:
         self.close()
 
     def _run(self) -> None:
-        begin = 0
         try:
-            for name, path, size in self._files:
-                digest = self._digest(path, begin, size)
-                if digest is None:
-                    return
-                self._hashes[name] = digest
-                begin += size
+            if self._cluster is None:
+                self._hash_here()
+            else:
+                self._hash_on(self._cluster)
         except Exception as error:  # noqa: BLE001 - raised again where the result is asked for
             self._error = error
 
-    def _digest(self, path: Path, begin: int, size: int) -> str | None:
-        """The hash of a file that begins at byte ``begin`` of all; None where the work was stopped."""
-        digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), 0
-        # Unbuffered: a buffer would hold bytes from beyond what may be read.
-        with open_regular(path) as file, io.FileIO(file.fileno(), closefd=False) as raw:
-            while done < size:
-                until = self._may_read(begin + done) - begin
-                if until <= done:
-                    return None
-                count = raw.readinto(buffer[: min(_CHUNK_BYTES, until - done, size - done)])
-                if not count:
-                    raise CheckpointError("The file became shorter while it was read.", where=path)
-                digest.update(buffer[:count])
-                done += count
-        return digest.hexdigest()
+    def _hash_here(self) -> None:
+        begin = 0
+        for name, path, size in self._files:
+            digest = _digest(path, size, lambda done, begin=begin: self._may_read(begin + done) - begin)  # type: ignore[misc]
+            if digest is None:
+                return
+            self._hashes[name] = digest
+            begin += size
+
+    def _hash_on(self, cluster: ClusterExecutor) -> None:
+        running: dict[Future[str], str] = {}
+        end = 0
+        try:
+            for name, path, size in self._files:
+                end += size
+                while len(running) >= max(1, cluster.slots):
+                    self._collect(running)
+                if self._may_read(end - 1) < 0:
+                    return
+                running[cluster.submit(hash_file, str(path.absolute()), size)] = name
+            while running:
+                self._collect(running)
+        finally:
+            for future in running:
+                future.cancel()
+            wait(running)  # what they read may be removed next
+
+    def _collect(self, running: dict[Future[str], str]) -> None:
+        """Take in what has ended within a moment."""
+        done, _ = wait(running, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            self._hashes[running.pop(future)] = future.result()
+        if self._stopped:
+            raise Cancelled
 
     def _may_read(self, position: int) -> int:
-        """Wait until more than the first ``position`` bytes may be read; 0 where the work is to stop."""
+        """Wait until more than the first ``position`` bytes may be read, and say how many; -1 where it is to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._allowed > position)
-            return 0 if self._stopped else self._allowed
+            return -1 if self._stopped else self._allowed
 
 
-def hash_files(files: Mapping[str, Path], *, tick: Callable[[int], None] = lambda _: None) -> dict[str, str]:
-    """Hash files, as many at once as there are cores.
+def hash_file(path: str, size: int) -> str:
+    """Hash a file: a cluster's unit of work.
+
+    Args:
+        path: the file.
+        size: how many bytes it has.
+
+    Returns:
+        Its SHA-256, hexadecimal.
+
+    Raises:
+        CheckpointError: it became shorter, or is no regular file.
+        OSError: it cannot be read, which may be otherwise the next time.
+    """
+    try:
+        digest = _digest(Path(path), size, lambda _: size)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+    else:
+        assert digest is not None, "all may be read"  # noqa: S101
+        return digest
+    raise cause  # out here, for it must not be its own context's cause where it is pickled
+
+
+def _digest(path: Path, size: int, may_read: Callable[[int], int]) -> str | None:
+    """The hash of a file's first ``size`` bytes.
+
+    Args:
+        path: the file.
+        size: how many.
+        may_read: waits until more than so many bytes of it may be read, and says how many; no more to stop.
+
+    Returns:
+        The hash; None where the work was stopped.
+    """
+    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), 0
+    # Unbuffered: a buffer would hold bytes from beyond what may be read.
+    with open_regular(path) as file, io.FileIO(file.fileno(), closefd=False) as raw:
+        while done < size:
+            until = may_read(done)
+            if until <= done:
+                return None
+            count = raw.readinto(buffer[: min(_CHUNK_BYTES, until - done, size - done)])
+            if not count:
+                raise CheckpointError("The file became shorter while it was read.", where=path)
+            digest.update(buffer[:count])
+            done += count
+    return digest.hexdigest()
+
+
+def hash_files(
+    files: Mapping[str, Path],
+    *,
+    executor: Executor | None = None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Hash files, as many at once as there are cores, or as a cluster has slots.
 
     Args:
         files: the files by name.
-        tick: told of every few bytes that were hashed, by any of the threads; what it raises ends the work.
+        executor: a cluster's executor, which then does it, each file a unit; all others have no part in it.
+        tick: told of every few bytes that were hashed, by any of the threads; what it raises ends the work.  While a
+            cluster is at work it is told of 0.
 
     Returns:
         The SHA-256 of every file, hexadecimal, by name.
 
     Raises:
         CheckpointError: a file is not there, is no regular file, cannot be read, or lies in a storage.
+        BrokenExecutor: the cluster is lost.
     """
     if far := next((path for path in map(stored_path, files.values()) if path is not None), None):
         raise CheckpointError("What lies in a storage is not read again to be hashed.", where=far)
+    if isinstance(executor, ClusterExecutor):
+        with TrailingHashes(files, executor) as hashes:
+            return hashes.result(lambda: tick(0))
     failed = threading.Event()
 
     def one(path: Path) -> str:

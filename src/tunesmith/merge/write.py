@@ -72,8 +72,8 @@ def merge(
         plan: what :func:`plan_merge` found.
         executor: what runs the units of work; None for a pool of threads, one a core.
         inputs: for calibrated rounding: the directory of the recorded inputs of the adapted modules.
-        sha256: also hash the weights, those that are read and those that are written, in two threads behind the
-            units that are complete.
+        sha256: also hash the weights, those that are read and those that are written, behind the units that are
+            complete: in two threads, or on the cluster that the executor is of.
         progress: told of bytes written.
         cancellation: read between tiles, or between units where an executor was given.
 
@@ -110,7 +110,11 @@ def merge(
             ledgers = work.ledgers(files, base, fingerprint=fingerprint, compiled=compiled)
             resumed = work.resume(ledgers, journal)
             # Threads of BLAS would fight ours.
-            with threadpool_limits(1), workers_of(executor) as workers, _Hashes(ledgers, base, sha256) as hashes:
+            with (
+                threadpool_limits(1),
+                workers_of(executor) as workers,
+                _Hashes(ledgers, base, sha256, executor) as hashes,
+            ):
                 work.run(ledgers, journal, workers=workers, hashes=hashes)
                 written, read = hashes.result(lambda: work.report.advance(0, "hashing"))
         except BrokenExecutor as error:
@@ -151,17 +155,20 @@ class _Hashes:
         ledgers: the files to be written, each of them there at its full size.
         base: the base.
         wanted: whether to hash at all.
+        executor: what runs the units.
     """
 
-    def __init__(self, ledgers: Sequence[FileLedger], base: Checkpoint, wanted: bool) -> None:
+    def __init__(
+        self, ledgers: Sequence[FileLedger], base: Checkpoint, wanted: bool, executor: Executor | None
+    ) -> None:
         near = [ledger for ledger in ledgers if wanted and not isinstance(ledger, StorageLedger)]
         files = {ledger.path.name: ledger.path for ledger in near}
         self._units = [(ledger, number) for ledger in ledgers for number in range(len(ledger.units))]
         self._next, self._complete = 0, 0
-        self._written = TrailingHashes(files)
-        self._read = TrailingHashes(
-            {shard: base.path / shard for shard in base.shards} if wanted and stored_path(base.path) is None else {}
-        )
+        near_base = wanted and stored_path(base.path) is None
+        shards = {shard: base.path / shard for shard in base.shards} if near_base else {}
+        self._written = TrailingHashes(files, executor)
+        self._read = TrailingHashes(shards, executor)
         self.advance()  # what an earlier merge has done is there already
 
     def advance(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from pathlib import Path
 
 from tunesmith.adapter import Adapter, Stack
@@ -150,10 +150,10 @@ class Verification:
         known = self.run.base_sha256 is not None and not self.sample and not self.far
         base = weights_files(self.base.path) if known else shards
         ours = [self.merged.path / shard for shard in self.merged.shards] if self.certificate else []
-        check, codes = self.cancellation.check, self._codes()
+        codes = self._codes()
         coded = sum(layer.rows * layer.columns for layer in codes.layers.values()) if codes is not None else 0
         share = coded / max(1, sum(info.elements for info in self.merged.tensors.values()))
-        with _trailing(base) as base_hashes, _trailing(ours) as our_hashes:
+        with self._trailing(base) as base_hashes, self._trailing(ours) as our_hashes:
 
             def told(event: Progress) -> None:
                 done = event.done / event.total if event.total else 1.0
@@ -175,10 +175,21 @@ class Verification:
                 findings += self._check_codes(codes, told)
             proven = status_of(findings) == "pass"
             if base and (proven or known):
-                self.hashes |= {Path(path): digest for path, digest in base_hashes.result(check).items()}
+                self._take(base_hashes)
             if ours and proven:
-                self.hashes |= {Path(path): digest for path, digest in our_hashes.result(check).items()}
+                self._take(our_hashes)
         return [*(self._base_identity() if known else ()), *findings]
+
+    def _trailing(self, files: Sequence[Path]) -> TrailingHashes:
+        return TrailingHashes({str(path): path for path in files}, self.executor)
+
+    def _take(self, trailing: TrailingHashes) -> None:
+        """Wait for hashes and keep them."""
+        try:
+            hashes = trailing.result(self.cancellation.check)
+        except BrokenExecutor as error:
+            raise TunesmithError("A worker of the executor died.", found=error) from error
+        self.hashes |= {Path(path): digest for path, digest in hashes.items()}
 
     def _codes(self) -> Dequantized | None:
         """The model, where some of its layers are quantized."""
@@ -456,10 +467,6 @@ def verify(
         certificate=work.certify(answer, done),
         retried_units=retried_by(executor) - retried,
     )
-
-
-def _trailing(files: Sequence[Path]) -> TrailingHashes:
-    return TrailingHashes({str(path): path for path in files})
 
 
 def _not_measured(reason: str) -> Finding:

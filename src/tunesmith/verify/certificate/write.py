@@ -15,6 +15,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -82,6 +83,7 @@ def write_certificate(
     quantization: CertifiedQuantization | None = None,
     verdict: CertifiedVerdict | None = None,
     hashes: Mapping[Path, str] | None = None,
+    executor: Executor | None = None,
     cancellation: Cancellation | None = None,
 ) -> Finding:
     """Write the certificate of a merged model, whole or not at all; a certificate that is there is replaced.
@@ -97,6 +99,7 @@ def write_certificate(
         verdict: what was proved; None for nothing yet.
         hashes: hashes that are known already, by path as ``directory`` and ``origin`` begin it; the rest are worked
             out now.
+        executor: a cluster's, which is to work them out; any other has no part in it.
         cancellation: read while files are hashed.
 
     Returns:
@@ -116,10 +119,11 @@ def write_certificate(
             quantization=quantization,
             verdict=verdict,
             known=hashes or {},
+            executor=executor,
             cancellation=cancellation or Cancellation(),
         )
         _write(target, certificate.to_json())
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError, BrokenExecutor) as error:
         reason = error.what if isinstance(error, CheckpointError) else getattr(error, "strerror", None) or str(error)
         if isinstance(error, CheckpointError) and error.where is not None:
             reason = f"{Path(error.where).name}: {reason}"
@@ -272,11 +276,13 @@ def _certificate(
     quantization: CertifiedQuantization | None,
     verdict: CertifiedVerdict | None,
     known: Mapping[Path, str],
+    executor: Executor | None,
     cancellation: Cancellation,
 ) -> Certificate:
     places = certified_files(directory, origin)
     unknown = {str(path): path for files in places for path in files.values() if path not in known}
-    found = {**known, **{Path(key): digest for key, digest in _hashed(unknown, cancellation).items()}}
+    hashed = hash_files(unknown, executor=executor, tick=lambda _: cancellation.check())
+    found = {**known, **{Path(key): digest for key, digest in hashed.items()}}
     subject, base_files, *adapter_files = (
         tuple(hashed_file(name, found[path]) for name, path in files.items()) for files in places
     )
@@ -293,10 +299,6 @@ def _certificate(
     if merge is None and quantization is None and (before := _made_before(directory, certificate)) is not None:
         predicate = predicate.model_copy(update={"merge": before.merge, "quantization": before.quantization})
     return certificate.model_copy(update={"predicate": predicate})
-
-
-def _hashed(files: Mapping[str, Path], cancellation: Cancellation) -> dict[str, str]:
-    return hash_files(files, tick=lambda _: cancellation.check())
 
 
 def _base_files(base: Path) -> dict[str, Path]:
