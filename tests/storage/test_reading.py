@@ -45,6 +45,7 @@ def test_an_address_survives_path_and_pickle(url: str) -> None:
         ("a", "a"),
         ("file:///a/b", "/a/b"),
         ("file:/a/b", "/a/b"),
+        ("FILE:///a", "/a"),
         ("C:/a", "C:/a"),
         ("C:\\a", "C:\\a"),
         ("run:0.5", "run:0.5"),
@@ -60,14 +61,32 @@ def test_what_is_no_address_is_a_plain_path(text: str, local: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://host/a", "http://host/a", "s3://", "s3://key:secret@bucket/a", "s3://bucket/a?X-Amz-Signature=secret"],
+    [
+        "ftp://host/a",
+        "http://host/a",
+        "az://a/b",
+        "s3://",
+        "hf://",
+        "s3://key:secret@bucket/a",
+        "s3://bucket/a?X-Amz-Signature=secret",
+    ],
 )
 def test_odd_addresses_are_refused_without_their_secrets(url: str) -> None:
-    """An address that holds a secret is not repeated."""
-    with pytest.raises(CheckpointError) as caught:
-        storage_path(url)
-    assert "secret" not in str(caught.value)
-    assert caught.value.expected
+    """An address that holds a secret is not repeated; and the command line makes a ``Path`` of what is typed."""
+    for typed in (url, Path(url)):
+        with pytest.raises(CheckpointError) as caught:
+            storage_path(typed)
+        assert "secret" not in str(caught.value)
+        assert caught.value.expected
+
+
+def test_a_folder_that_ends_in_a_colon_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one; two slashes still make an address."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "az:").mkdir()
+    assert storage_path("az:/b") == Path("az:/b")
+    with pytest.raises(CheckpointError, match="no such storage"):
+        storage_path("az://b")
 
 
 def test_a_storage_path_is_never_taken_for_a_local_one() -> None:

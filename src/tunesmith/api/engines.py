@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.adapter import ADAPTER_CONFIG
 from tunesmith.api.places import StrPath, base_of
-from tunesmith.checkpoint import CONFIG_FILE, cache_dir
+from tunesmith.checkpoint import CONFIG_FILE, cache_dir, local_target
 from tunesmith.compare import VariantInfo
 from tunesmith.errors import BaseModelError, Cancelled, DataError, RunError, TunesmithError
 from tunesmith.models import (
@@ -247,7 +247,7 @@ def remembering(engine: Engine, records: StrPath | None, *, fresh: bool) -> Reme
         records: the directory of what is kept; None for the user's cache.
         fresh: ask again, whatever is there.
     """
-    directory = Path(records) if records is not None else cache_dir() / "answers"
+    directory = local_target(records) if records is not None else cache_dir() / "answers"
     return RememberingEngine(engine, directory, named=records is not None, fresh=fresh)
 
 

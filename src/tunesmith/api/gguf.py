@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.adapter import ADAPTER_CONFIG
 from tunesmith.api.places import StrPath, base_of, writing
-from tunesmith.checkpoint import CONFIG_FILE, is_file
+from tunesmith.checkpoint import CONFIG_FILE, is_file, local_target
 from tunesmith.errors import CheckpointError, DataError, OutputError, RunError
 from tunesmith.export.gguf import ADAPTER_DEFAULT, MODEL_DEFAULT, GgufExport, write_adapter, write_model
 from tunesmith.progress import Cancellation, ProgressCallback, no_progress
@@ -77,7 +77,7 @@ def write_gguf(
         TunesmithError: the source is a run or quantized, the adapter cannot be written so, no converter is to be found,
             or it stopped: an architecture or a tokenizer that it does not know is never written by a guess.
     """
-    place, target = Path(source), Path(out)
+    place, target = Path(source), local_target(out)
     given = Path(converter) if converter is not None else None
     if adapter_only:
         if ollama:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.adapter import Adapter
-from tunesmith.checkpoint import locate_base, storage_path, write_error
+from tunesmith.checkpoint import local_target, locate_base, storage_path, write_error
 from tunesmith.compare import built_in_set
 from tunesmith.conversations import Conversation, read_conversations
 from tunesmith.errors import BaseModelError, OutputError
@@ -74,9 +74,10 @@ def output_file(out: StrPath, *, suffixes: Sequence[str] = ()) -> Path:
         suffixes: what its name may end in; empty for anything.
 
     Raises:
-        OutputError: a wrong suffix, a directory, or a parent that is not there or cannot be written.
+        OutputError: an address of a storage, a wrong suffix, a directory, or a parent that is not there or cannot be
+            written.
     """
-    target = Path(out)
+    target = local_target(out)
     if suffixes and target.suffix not in suffixes:
         raise OutputError("The file's name does not say a known format.", where=target, expected=", ".join(suffixes))
     if target.is_dir():

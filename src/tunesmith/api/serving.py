@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.adapter import Adapter
 from tunesmith.api.places import StrPath
-from tunesmith.checkpoint import is_file, is_hub_id, locate_base, read_json_object
+from tunesmith.checkpoint import is_file, is_hub_id, local_target, locate_base, read_json_object
 from tunesmith.errors import BaseModelError, DataError
 from tunesmith.export.serving import ENGINES, PORTS, ServeCommand, ServingEngine, Source, serve_lines
 from tunesmith.record import Finding
@@ -68,7 +68,7 @@ def serve_command(
             revision=revision,
             template=template if engine != "ollama" else None,
             port=port or PORTS[engine],
-            out=Path(out).absolute() if out is not None else root.parent / f"{root.name}-{engine}",
+            out=local_target(out).absolute() if out is not None else root.parent / f"{root.name}-{engine}",
         ),
     )
     return command.model_copy(update={"findings": (*command.findings, *findings)})

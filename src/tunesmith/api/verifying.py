@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 
 from tunesmith.api.engines import compute_dtype
 from tunesmith.api.places import Prompts, StrPath, base_of, rows_of
-from tunesmith.checkpoint import storage_path, view_of
+from tunesmith.checkpoint import storage_path, stored_path, view_of
 from tunesmith.errors import CheckpointError, DataError
 from tunesmith.export.quantize import Quantized
 from tunesmith.merge import Merged
@@ -132,7 +131,14 @@ def recheck(
     Raises:
         CheckpointError: the directory is not there, has no certificate or none of ours, or a file cannot be read.
     """
-    return recheck_directory(Path(directory), progress=progress, cancellation=cancellation)
+    place = storage_path(directory)
+    if stored_path(place) is not None:
+        raise CheckpointError(
+            "What lies in a storage is not read again to be hashed.",
+            where=place,
+            next_step="verify it with its run, which proves it anew: tunesmith verify RUN ADDRESS",
+        )
+    return recheck_directory(place, progress=progress, cancellation=cancellation)
 
 
 def verdict_sentence(verdict: Verdict, lang: str = "en") -> str:

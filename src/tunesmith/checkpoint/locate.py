@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.checkpoint.directory import CONFIG_FILE, read_json_object
 from tunesmith.checkpoint.embedded import EMBEDDED_NAME, embedded_model
 from tunesmith.checkpoint.hub import hub_model
-from tunesmith.checkpoint.storage import stored_path
+from tunesmith.checkpoint.storage import storage_path, stored_path
 from tunesmith.errors import BaseModelError, CheckpointError
 from tunesmith.progress import ProgressCallback, no_progress
 
@@ -61,7 +61,13 @@ def locate_base(
     """
     if name_or_path == EMBEDDED_NAME:
         return embedded_model(cache_dir(), make=fetch, progress=progress)
-    if (address := stored_path(name_or_path)) is not None:
+    try:
+        address = stored_path(name_or_path)
+    except CheckpointError as error:  # as another tool's registry: models:/name/1
+        raise BaseModelError(
+            error.what, where=error.where, expected=error.expected, next_step=error.next_step
+        ) from error
+    if address is not None:
         if not stored:
             raise BaseModelError(NOT_LOADED, where=address, next_step=NOT_LOADED_NEXT)
         return address  # what is not there is said where it is opened
@@ -101,7 +107,7 @@ def _folder(name_or_path: str, relative_to: Path | None) -> Path | None:
     if not name_or_path:
         return None
     try:
-        for folder in (Path(name_or_path).expanduser(), *([relative_to / name_or_path] if relative_to else [])):
+        for folder in (storage_path(name_or_path).expanduser(), *([relative_to / name_or_path] if relative_to else [])):
             if folder.is_dir():
                 return folder
             if folder.exists():

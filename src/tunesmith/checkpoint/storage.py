@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunesmith.errors import CheckpointError, MissingExtraError, TunesmithError
+from tunesmith.errors import CheckpointError, MissingExtraError, OutputError, TunesmithError
 
 if TYPE_CHECKING:
     from pathlib import Path as _PathBase
@@ -30,7 +30,9 @@ else:
 SCHEMES = ("s3", "gs", "gcs", "hf", "memory")
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<key>.*)", re.DOTALL)
-_COLLAPSED = re.compile(rf"(?P<scheme>{'|'.join((*SCHEMES, 'file'))}):/(?P<key>[^/].*)", re.DOTALL)
+_COLLAPSED = re.compile(
+    rf"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<key>[^/].*)|(?P<bare>{'|'.join(SCHEMES)}):", re.DOTALL
+)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "hf_xet", "httpcore", "httpcore2",
               "httpx", "httpx2", "huggingface_hub", "requests", "s3fs", "urllib3")  # fmt: skip
@@ -252,15 +254,18 @@ def storage_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     match = _URL.fullmatch(text) or _COLLAPSED.fullmatch(text)
     if match is None:
-        if text.startswith("file:/"):  # three slashes collapse to one
-            return Path("/" + text.removeprefix("file:").lstrip("/"))
         return Path(path)
-    scheme, key = match["scheme"].lower(), match["key"]
+    told = match.groupdict()
+    scheme, key = (told["scheme"] or told["bare"]).lower(), told["key"] or ""
     if scheme == "file":
         return Path("/" + key.lstrip("/"))
     if scheme not in SCHEMES:
+        if "://" not in text and os.path.lexists(text.partition("/")[0]):
+            return Path(path)  # a folder whose name ends in a colon
         raise CheckpointError(
-            "There is no such storage.", where=f"{scheme}://", expected=", ".join(f"{name}://" for name in SCHEMES)
+            "There is no such storage.",
+            where=f"{scheme}://",
+            expected="s3://, gs:// or hf://, or a path of this machine",
         )
     if "@" in key.split("/")[0] or (scheme != "hf" and re.search(r"[?#]", key)):
         raise CheckpointError(
@@ -278,6 +283,22 @@ def stored_path(path: object) -> StoragePath | None:
     """The address that a text or a path is; None for one of the disk."""
     found = storage_path(path) if isinstance(path, str | os.PathLike | StoragePath) else None
     return found if isinstance(found, StoragePath) else None
+
+
+def local_target(path: str | os.PathLike[str]) -> Path:
+    """Where something is to be written that goes to a disk only.
+
+    Args:
+        path: of the disk; ``file://`` is that too.
+
+    Raises:
+        OutputError: an address of a storage, of whose scheme a folder would be made.
+        CheckpointError: of a storage that is not known.
+    """
+    found = storage_path(path)
+    if isinstance(found, StoragePath):
+        raise OutputError("Only a merge writes to a storage.", where=found, expected="a path of this machine")
+    return found
 
 
 def filesystem(path: StoragePath) -> Any:

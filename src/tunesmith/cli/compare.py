@@ -107,7 +107,7 @@ def compare(
     Example: tunesmith compare out/security --variants base,checkpoint-100,final --prompts questions.txt
     """
     if out is not None:
-        ts.output_file(out, suffixes=_FORMATS)
+        out = ts.output_file(out, suffixes=_FORMATS)
     if vote is not None:
         ts.VoteFile(vote)  # a wrong file is told before the work, not after
     settings = ts.GenerationSettings(

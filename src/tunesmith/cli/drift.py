@@ -53,7 +53,7 @@ def drift(
     Example: tunesmith drift out/security out/security-merged out/security-int4
     """
     if out is not None:
-        ts.output_file(out, suffixes=_FORMATS)
+        out = ts.output_file(out, suffixes=_FORMATS)
     with progress_bar() as progress, stoppable() as cancellation:
         found = ts.drift(
             run,

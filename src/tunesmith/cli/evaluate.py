@@ -106,7 +106,7 @@ def evaluate(
     Example: tunesmith evaluate out/security --out evaluation.html
     """
     if out is not None:
-        ts.output_file(out, suffixes=_FORMATS)
+        out = ts.output_file(out, suffixes=_FORMATS)
     with progress_bar() as progress, stoppable() as cancellation, ts.executor_of(executor) as pool:
         evaluation = ts.evaluate(
             run,

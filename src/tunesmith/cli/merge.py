@@ -89,7 +89,7 @@ def merge(
     Example: tunesmith merge out/security --out out/security-merged
     """
     if record is not None:
-        ts.output_file(record, suffixes=(".json",))
+        record = ts.output_file(record, suffixes=(".json",))
     first, weight = weighted_run(run)
     with progress_bar() as progress:
         plan = ts.plan_merge(

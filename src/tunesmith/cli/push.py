@@ -96,7 +96,7 @@ def push(
     """
     to_write = card if dry_run and card is not None and not card.exists() else None
     if to_write is not None:
-        ts.output_file(to_write, suffixes=(".md",))
+        to_write = ts.output_file(to_write, suffixes=(".md",))
     with progress_bar() as progress, stoppable() as cancellation:
         plan = ts.plan_push(
             directory,

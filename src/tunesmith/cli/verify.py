@@ -109,7 +109,7 @@ def verify(
     Example: tunesmith verify out/security out/security-merged
     """
     if out is not None:
-        ts.output_file(out, suffixes=(".json",))
+        out = ts.output_file(out, suffixes=(".json",))
     named = _names(run, merged, merged_dir, adapters or ())
     if named.merged.suffix == _GGUF:
         other = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tunesmith.allocator import give_memory_back
 from tunesmith.api import comparing, inspecting, merging, reporting, training, verifying
+from tunesmith.checkpoint import local_target
 from tunesmith.compare import Comparison
 from tunesmith.errors import OutputError
 from tunesmith.merge import Merged, plan_merge
@@ -103,7 +104,7 @@ def demo(
         MissingExtraError: the extra ``train`` is not installed.
     """
     started = time.monotonic()
-    root = _prepare(Path(out), force=force)
+    root = _prepare(local_target(out), force=force)
     story = _Story(root, on_step)
     with story.step("train", "@recipe.yaml output_dir=@run"):
         run = training.train(

@@ -19,6 +19,7 @@ from tunesmith.checkpoint import (
     hub_snapshot,
     is_file,
     is_hub_id,
+    storage_path,
     stored_path,
 )
 from tunesmith.errors import RunError
@@ -91,7 +92,7 @@ def open_run(path: str | os.PathLike[str], *, stored: bool = False, progress: Pr
 
 
 def _located(path: str | os.PathLike[str], progress: ProgressCallback) -> Path:
-    root = Path(path).expanduser()
+    root = storage_path(path).expanduser()
     try:
         if root.is_dir():
             return root.resolve()

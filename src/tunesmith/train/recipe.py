@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from tunesmith.checkpoint import is_hub_id
+from tunesmith.checkpoint import is_hub_id, local_target
 from tunesmith.errors import RecipeError
 from tunesmith.train.arguments import PassedOn
 from tunesmith.train.keys import HARMLESS, REFUSED, SPELLINGS, KeyUse, explain, nearest
@@ -525,6 +525,8 @@ def _placed(values: Mapping[str, object], folders: Sequence[Path]) -> dict[str, 
     for key in ("dataset", "eval_dataset"):
         if isinstance(values.get(key), str | list):
             placed[key] = _data_files(values[key], folders)
+    if isinstance(target := values.get("output_dir"), str):
+        values = {**values, "output_dir": str(local_target(target))}
     for key in ("dataset_dir", "resume_from_checkpoint", "output_dir"):
         value = values.get(key)
         if isinstance(value, str) and value and value != "ONLINE" and not value.startswith("REMOTE:"):

@@ -18,6 +18,7 @@ from tunesmith.checkpoint import (
     TensorInfo,
     check_free_space,
     check_out_dir,
+    local_target,
     locate_base,
     view_of,
 )
@@ -94,7 +95,7 @@ def plan_quantization(
     shard_bytes = size_in_bytes(shard_size)
     require_package()
     origin = _origin(source, base, checkpoint, progress=progress)
-    target = Path(out).expanduser()
+    target = local_target(out).expanduser()
     check_out_dir(target, force=force, inputs=origin.inputs)
     model = Checkpoint(origin.base_dir)
     if view is not None:
