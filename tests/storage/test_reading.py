@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -12,7 +13,7 @@ import pytest
 import tunesmith as ts
 from tests.storage.conftest import Asked, files_of, upload
 from tests.tiny_models import TinyRun, build_adapter, build_base
-from tunesmith.adapter import Adapter
+from tunesmith.adapter import Adapter, load
 from tunesmith.checkpoint import Checkpoint, StoragePath, storage_path
 from tunesmith.checkpoint.ranges import RangeReader, read_at, read_on
 from tunesmith.errors import CheckpointError, RunError, TunesmithError
@@ -108,15 +109,22 @@ def test_a_checkpoint_is_the_same_from_a_storage(stored: Asked, tiny: TinyRun) -
     assert stored.total == ours.info(name).size_bytes // ours.info(name).shape[0] * 6
 
 
-def test_an_adapter_is_the_same_from_a_storage(stored: Asked, tiny: TinyRun) -> None:
-    """Its factors are asked for once."""
+@pytest.mark.parametrize(("together", "requests"), [(0, 12), (2000, 10), (2 << 20, 1)])
+def test_an_adapter_is_the_same_from_a_storage(
+    stored: Asked, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, together: int, requests: int
+) -> None:
+    """Its factors are asked for with their neighbours, every byte once, however many threads want them."""
+    monkeypatch.setattr(load, "_TOGETHER_BYTES", together)
     ours, theirs = Adapter(ADAPTER), Adapter(tiny.adapters["final"])
     assert ours.adapted == theirs.adapted
+    factors = [name for pair in ours.adapted for name in (pair.lora_B, pair.lora_A)]
     stored.ranges.clear()
-    for _ in range(3):
-        for pair in ours.adapted:
-            assert (ours.finite(pair.lora_A) == theirs.finite(pair.lora_A)).all()
-    assert len(stored.ranges) == len(ours.adapted)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ours.finite, factors * 3))
+    for name, values in zip(factors * 3, found, strict=True):
+        assert (values == theirs.finite(name)).all()
+    assert (len(factors), len(stored.ranges)) == (12, requests)
+    assert stored.total == sum(info.size_bytes for info in theirs.header.tensors.values())
 
 
 @pytest.mark.parametrize(("rounding", "dtype"), [("nearest", "auto"), ("nearest", "bf16"), ("faithful", "bf16")])

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from tunesmith.checkpoint import (
     read_header,
     read_json_object,
     read_rows,
+    read_together,
     storage_path,
     stored_path,
 )
@@ -53,6 +55,7 @@ _OTHER_TENSORS = (
     ("lora_router", "a router between adapters"),
 )
 _KEPT_FAR_BYTES = 512 << 20  # of an adapter in a storage, so that no unit of work asks for a factor again
+_TOGETHER_BYTES = 2 << 20  # of an adapter in a storage, neighbours that are asked for at once
 _KEPT_TENSORS = 4  # the experts of one layer share two, and two layers may be in work at once
 
 
@@ -120,6 +123,7 @@ class Adapter:
         self.whole: tuple[Key, ...] = ()
         self._kept: OrderedDict[str, Array] = OrderedDict()
         self._keeping = threading.Lock()
+        self._asking = tuple(threading.Lock() for _ in range(16))  # so that no two threads ask for the same
         if self.format == "mlx-lm":
             self._open_mlx(config)
         else:
@@ -197,15 +201,34 @@ class Adapter:
         return values
 
     def _kept_whole(self, tensor: str) -> Array:
-        """A tensor that every expert of a layer needs some columns of; the last few are kept."""
-        kept = self._kept.get(tensor)
-        if kept is None:
-            kept = self.stored(tensor)
-            with self._keeping:
-                self._kept[tensor] = kept
-                while self._keeps_too_much():
-                    self._kept.popitem(last=False)
+        """A tensor that is needed again: of a storage's, any; else one that every expert needs some columns of."""
+        group = self._neighbours.get(tensor, (tensor,)) if self._far else (tensor,)
+        with self._asking[hash(group) % len(self._asking)]:
+            kept = self._kept.get(tensor)
+            if kept is None:
+                found = dict(zip(group, read_together(self._stored, group), strict=True))
+                found = {name: self._views[name](one) if name in self._views else one for name, one in found.items()}
+                kept = found[tensor]
+                with self._keeping:
+                    self._kept.update(found)
+                    while self._keeps_too_much():
+                        self._kept.popitem(last=False)
         return kept
+
+    @cached_property
+    def _neighbours(self) -> dict[str, tuple[str, ...]]:
+        """By tensor, those beside it in the file, and itself, that are asked for together."""
+        groups: list[list[str]] = []
+        room = 0
+        for name, info in sorted(self._stored.tensors.items(), key=lambda item: item[1].begin):
+            if info.dtype not in FLOAT_DTYPES:
+                continue
+            room -= info.size_bytes
+            if room < 0 or not groups:
+                groups.append([])
+                room = _TOGETHER_BYTES - info.size_bytes
+            groups[-1].append(name)
+        return {name: tuple(group) for group in groups for name in group}
 
     def _keeps_too_much(self) -> bool:
         if self._far:

@@ -10,6 +10,7 @@ from tunesmith.checkpoint.directory import (
     Checkpoint,
     read_json_object,
     read_rows,
+    read_together,
     same_values,
 )
 from tunesmith.checkpoint.hashing import TrailingHashes, hash_files
@@ -133,6 +134,7 @@ __all__ = [
     "read_header",
     "read_json_object",
     "read_rows",
+    "read_together",
     "relatives_of",
     "remove_all",
     "resumable_stage",

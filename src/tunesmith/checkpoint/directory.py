@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -270,6 +270,19 @@ def read_rows(header: Header, name: str, start: int = 0, stop: int | None = None
     row_bytes = info.size_bytes // rows if rows else 0
     (data,) = _read_at(header, [info.begin + start * row_bytes], (stop - start) * row_bytes, end=info.end)
     return stored_array(data, info.dtype, (stop - start, *info.shape[1:]) if info.shape else ())
+
+
+def read_together(header: Header, names: Sequence[str]) -> list[Array]:
+    """Read tensors that lie behind each other in a file, at once, as :func:`read_rows` does each.
+
+    Args:
+        header: the file's header.
+        names: the tensors, in the file's order.
+    """
+    infos = [header.tensors[name] for name in names]
+    begin, end = infos[0].begin, infos[-1].end
+    (data,) = _read_at(header, [begin], end - begin, end=end)
+    return [stored_array(data[info.begin - begin : info.end - begin], info.dtype, info.shape) for info in infos]
 
 
 def _read_at(header: Header, places: Iterable[int], count_bytes: int, *, end: int = 0) -> Iterator[bytes]:

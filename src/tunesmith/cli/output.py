@@ -9,10 +9,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import tunesmith as ts
+from tunesmith.checkpoint import storage_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -61,7 +63,8 @@ def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
 
 def command(*words: object) -> str:
     """A command to type next, with what the shell would take apart in quotes."""
-    return shlex.join(["tunesmith", *(str(word) for word in words)])
+    # A path that was made of an address has lost a slash.
+    return shlex.join(["tunesmith", *(str(storage_path(word) if isinstance(word, Path) else word) for word in words)])
 
 
 def human_bytes(size: float) -> str:
