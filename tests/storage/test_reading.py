@@ -127,6 +127,19 @@ def test_an_adapter_is_the_same_from_a_storage(
     assert stored.total == sum(info.size_bytes for info in theirs.header.tensors.values())
 
 
+def test_what_is_kept_of_an_adapter_is_bounded(stored: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read longest ago goes, and is read again where it is wanted again."""
+    monkeypatch.setattr(load, "_TOGETHER_BYTES", 0)
+    monkeypatch.setattr(load, "_KEPT_FAR_BYTES", 3000)
+    adapter = Adapter(ADAPTER)
+    factors = [name for pair in adapter.adapted for name in (pair.lora_A, pair.lora_B)]
+    stored.ranges.clear()
+    for name in (*factors, *factors, factors[-1]):
+        adapter.finite(name)
+        assert 0 < sum(one.nbytes for one in adapter._kept.values()) == adapter._kept_bytes <= 3000
+    assert len(stored.ranges) == 24
+
+
 @pytest.mark.parametrize(("rounding", "dtype"), [("nearest", "auto"), ("nearest", "bf16"), ("faithful", "bf16")])
 @pytest.mark.usefixtures("stored")
 def test_a_merge_from_a_storage_has_the_bytes_of_a_local_one(

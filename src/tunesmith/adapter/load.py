@@ -122,6 +122,7 @@ class Adapter:
         self.adapted: tuple[Adapted, ...] = ()
         self.whole: tuple[Key, ...] = ()
         self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._kept_bytes = 0
         self._keeping = threading.Lock()
         self._asking = tuple(threading.Lock() for _ in range(16))  # so that no two threads ask for the same
         if self.format == "mlx-lm":
@@ -209,10 +210,7 @@ class Adapter:
                 found = dict(zip(group, read_together(self._stored, group), strict=True))
                 found = {name: self._views[name](one) if name in self._views else one for name, one in found.items()}
                 kept = found[tensor]
-                with self._keeping:
-                    self._kept.update(found)
-                    while self._keeps_too_much():
-                        self._kept.popitem(last=False)
+                self._keep(found)
         return kept
 
     @cached_property
@@ -230,9 +228,19 @@ class Adapter:
             groups[-1].append(name)
         return {name: tuple(group) for group in groups for name in group}
 
+    def _keep(self, found: dict[str, Array]) -> None:
+        with self._keeping:
+            for name, one in found.items():
+                before = self._kept.pop(name, None)
+                self._kept[name] = one
+                self._kept_bytes += one.nbytes - (before.nbytes if before is not None else 0)
+            while self._keeps_too_much():
+                _, gone = self._kept.popitem(last=False)
+                self._kept_bytes -= gone.nbytes
+
     def _keeps_too_much(self) -> bool:
         if self._far:
-            return len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > _KEPT_FAR_BYTES
+            return len(self._kept) > 1 and self._kept_bytes > _KEPT_FAR_BYTES
         return len(self._kept) > _KEPT_TENSORS
 
     def _open_peft(self, config: dict[str, Any]) -> None:
