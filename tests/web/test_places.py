@@ -59,6 +59,15 @@ def test_a_link_is_followed_before_it_is_judged(root: Path) -> None:
     assert Places(root).resolve("inner") == root / "out" / "run"
 
 
+@pytest.mark.parametrize("path", ["s3://bucket/merged", "hf://me/model", "file:///etc"])
+def test_an_address_is_no_folder_within(root: Path, path: str) -> None:
+    """A folder ``s3:`` would be made of it."""
+    with pytest.raises(ts.TunesmithError, match="outside") as refused:
+        Places(root).resolve(path, must_exist=False)
+    assert refused.value.where == path
+    assert "command line" in str(refused.value.next_step)
+
+
 def test_a_chain_of_links_that_has_no_end_is_refused(root: Path) -> None:
     """A link to itself is an answer, not a crash."""
     (root / "loop").symlink_to(root / "loop")

@@ -70,12 +70,15 @@ class Places:
             there = real.exists()
         except (OSError, ValueError, RuntimeError) as error:
             raise ts.TunesmithError("This is no path.", where=_shown(path), found=_reason(error)) from error
-        if not self._is_within(real):
+        address = "://" in path  # of which a folder within would be made
+        if address or not self._is_within(real):
             raise ts.TunesmithError(
                 "This path lies outside the folder that the page may use.",
                 where=_shown(path),
                 expected=f"a path within {self.root}",
-                next_step="start tunesmith web with --root and a folder that holds it",
+                next_step="merge into a storage, and verify there, on the command line"
+                if address
+                else "start tunesmith web with --root and a folder that holds it",
             )
         if must_exist and not there:
             raise NotThereError("There is nothing at this path.", where=_shown(path), expected=f"within {self.root}")
