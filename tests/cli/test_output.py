@@ -122,6 +122,13 @@ def test_command_can_be_pasted_into_a_shell() -> None:
     assert command("inspect", Path("a b/$x")) == "tunesmith inspect 'a b/$x'"
 
 
+def test_addresses_in_a_command_are_whole() -> None:
+    """Also where the command line made a ``Path`` of what was typed."""
+    for address in ("s3://b/x", "hf://me/x@main", "s3://b/x:0.5"):
+        assert command("verify", Path(address), address) == f"tunesmith verify {address} {address}"
+    assert command("verify", Path("a/s3:/b"), "file:/a") == "tunesmith verify a/s3:/b file:/a"
+
+
 def test_sizes_are_in_binary_units() -> None:
     """Bytes whole, the rest with decimals."""
     assert [human_bytes(size) for size in (0, 1023, 1536, 5 << 20, 3 << 30)] == [

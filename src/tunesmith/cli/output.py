@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import tunesmith as ts
-from tunesmith.checkpoint import storage_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.progress import ProgressCallback
     from tunesmith.record import Record
 
+
+_COLLAPSED = re.compile(r"^(s3|gs|gcs|hf):/(?=[^/])")  # a path that was made of an address has lost a slash
 
 _shown: list[Screen] = []  # the screens on which bars are, the innermost last
 
@@ -63,8 +64,7 @@ def show_error(error: ts.TunesmithError, *, as_json: bool) -> None:
 
 def command(*words: object) -> str:
     """A command to type next, with what the shell would take apart in quotes."""
-    # A path that was made of an address has lost a slash.
-    return shlex.join(["tunesmith", *(str(storage_path(word) if isinstance(word, Path) else word) for word in words)])
+    return shlex.join(["tunesmith", *(_COLLAPSED.sub(r"\1://", str(word)) for word in words)])
 
 
 def human_bytes(size: float) -> str:
