@@ -170,8 +170,12 @@ class Adapter:
 
     def stored(self, tensor: str) -> Array:
         """One tensor of the file, whole, as stored; a factor of another format's, in PEFT's shape."""
-        stored = read_rows(self._stored, tensor)
-        return self._views[tensor](stored) if tensor in self._views else stored
+        return self._all_stored((tensor,))[tensor]
+
+    def _all_stored(self, tensors: Sequence[str]) -> dict[str, Array]:
+        """The same of neighbours in the file, read at once."""
+        found = zip(tensors, read_together(self._stored, tensors), strict=True)
+        return {name: self._views[name](one) if name in self._views else one for name, one in found}
 
     def finite(self, tensor: str, rows: Span | None = None, columns: Span | None = None) -> Float64:
         """One tensor, or a part of it, exactly, as a matrix: its first dimension by all the others.
@@ -207,8 +211,7 @@ class Adapter:
         with self._asking[hash(group) % len(self._asking)]:
             kept = self._kept.get(tensor)
             if kept is None:
-                found = dict(zip(group, read_together(self._stored, group), strict=True))
-                found = {name: self._views[name](one) if name in self._views else one for name, one in found.items()}
+                found = self._all_stored(group)
                 kept = found[tensor]
                 self._keep(found)
         return kept

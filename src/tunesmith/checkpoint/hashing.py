@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -125,22 +126,18 @@ class TrailingHashes:
     def _hash_here(self) -> None:
         begin = 0
         for name, path, size in self._files:
-            digest = _digest(path, size, lambda done, begin=begin: self._may_read(begin + done) - begin)  # type: ignore[misc]
-            if digest is None:
-                return
-            self._hashes[name] = digest
+            self._hashes[name] = _digest(path, size, partial(self._may_read, begin))
             begin += size
 
     def _hash_on(self, cluster: ClusterExecutor) -> None:
         running: dict[Future[str], str] = {}
-        end = 0
+        begin = 0
         try:
             for name, path, size in self._files:
-                end += size
                 while len(running) >= max(1, cluster.slots):
                     self._collect(running)
-                if self._may_read(end - 1) < 0:
-                    return
+                self._may_read(begin, size - 1)
+                begin += size
                 running[cluster.submit(hash_file, str(path.absolute()), size)] = name
             while running:
                 self._collect(running)
@@ -157,11 +154,13 @@ class TrailingHashes:
         if self._stopped:
             raise Cancelled
 
-    def _may_read(self, position: int) -> int:
-        """Wait until more than the first ``position`` bytes may be read, and say how many; -1 where it is to stop."""
+    def _may_read(self, begin: int, done: int) -> int:
+        """Wait until more than ``done`` bytes of the file that begins at ``begin`` may be read; returns how many."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._allowed > position)
-            return -1 if self._stopped else self._allowed
+            self._changed.wait_for(lambda: self._stopped or self._allowed > begin + done)
+            if self._stopped:
+                raise Cancelled
+            return self._allowed - begin
 
 
 def hash_file(path: str, size: int) -> str:
@@ -179,36 +178,27 @@ def hash_file(path: str, size: int) -> str:
         OSError: it cannot be read, which may be otherwise the next time.
     """
     try:
-        digest = _digest(Path(path), size, lambda _: size)
+        return _digest(Path(path), size, lambda _: size)
     except CheckpointError as error:
         cause = error.__cause__
         if not isinstance(cause, OSError):
             raise
-    else:
-        assert digest is not None, "all may be read"  # noqa: S101
-        return digest
     raise cause  # out here, for it must not be its own context's cause where it is pickled
 
 
-def _digest(path: Path, size: int, may_read: Callable[[int], int]) -> str | None:
+def _digest(path: Path, size: int, may_read: Callable[[int], int]) -> str:
     """The hash of a file's first ``size`` bytes.
 
     Args:
         path: the file.
         size: how many.
-        may_read: waits until more than so many bytes of it may be read, and says how many; no more to stop.
-
-    Returns:
-        The hash; None where the work was stopped.
+        may_read: waits until more than so many bytes of it may be read, and says how many; what it raises ends this.
     """
     digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), 0
     # Unbuffered: a buffer would hold bytes from beyond what may be read.
     with open_regular(path) as file, io.FileIO(file.fileno(), closefd=False) as raw:
         while done < size:
-            until = may_read(done)
-            if until <= done:
-                return None
-            count = raw.readinto(buffer[: min(_CHUNK_BYTES, until - done, size - done)])
+            count = raw.readinto(buffer[: min(_CHUNK_BYTES, may_read(done) - done, size - done)])
             if not count:
                 raise CheckpointError("The file became shorter while it was read.", where=path)
             digest.update(buffer[:count])

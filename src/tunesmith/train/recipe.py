@@ -525,11 +525,11 @@ def _placed(values: Mapping[str, object], folders: Sequence[Path]) -> dict[str, 
     for key in ("dataset", "eval_dataset"):
         if isinstance(values.get(key), str | list):
             placed[key] = _data_files(values[key], folders)
-    if isinstance(target := values.get("output_dir"), str):
-        values = {**values, "output_dir": str(local_target(target))}
     for key in ("dataset_dir", "resume_from_checkpoint", "output_dir"):
         value = values.get(key)
         if isinstance(value, str) and value and value != "ONLINE" and not value.startswith("REMOTE:"):
+            if key == "output_dir":
+                value = str(local_target(value))
             there = _found(value, folders if key != "output_dir" else folders[:1])
             placed[key] = str(there or _straight(folders[0] / _at_home(value)))
     return placed

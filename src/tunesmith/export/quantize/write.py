@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from tunesmith.adapter import beside
 from tunesmith.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, resumable_stage, view_of, write_error
 from tunesmith.errors import CheckpointError, OutputError
-from tunesmith.executors import Workers, retried_by, workers_of
+from tunesmith.executors import Workers, workers_of
 from tunesmith.export.quantize.plan import Layout, laid_out
 from tunesmith.export.quantize.records import QuantizationPlan, Quantized, TensorRounded
 from tunesmith.export.quantize.rounders import CALIBRATED
@@ -66,7 +66,7 @@ def quantize(
         CheckpointError: a tensor is not finite; or the base or the adapter is no longer what was planned with.
         MissingExtraError: compressed-tensors is not installed.
     """
-    started, retried = time.monotonic(), retried_by(executor)
+    started = time.monotonic()
     require_package()
     if plan.rounding == CALIBRATED and inputs is None:
         raise OutputError("Calibrated rounding needs the recorded inputs of the quantized layers.", where=plan.out)
@@ -91,8 +91,7 @@ def quantize(
             raise OutputError("A worker of the executor died.", where=plan.out, found=error) from error
         except OSError as error:  # nothing is gone on with, so that nothing stays
             raise write_error(error, Path(plan.out)) from error
-    finished = _finished(plan, done, size, seconds=time.monotonic() - started)
-    return finished.model_copy(update={"retried_units": retried_by(executor) - retried})
+    return _finished(plan, done, size, seconds=time.monotonic() - started)
 
 
 def _checked(plan: QuantizationPlan, model: Checkpoint) -> Layout:
